@@ -1,0 +1,405 @@
+"""The messages that client, scheduler, agent, worker and forker exchange.
+
+This module knows the shape of every message and nothing of how it travels (`codec`) or what it causes (`client`, `scheduler`, `agent`).
+One message carries many rows, because batches form by themselves: a busy loop finds more waiting each time it looks. The rows that
+occur once per call are plain tuples, described below; everything else is a typed struct.
+
+Numbers. A client numbers its items 1, 2, 3...; a *task* is a run of 1..n consecutive items of one function and is called by the number
+of its first item (`no`). The scheduler adds the client's base (`client_id << CLIENT_ID_SHIFT`) to get the cluster-wide `task_id`. A run that is split
+at an item leaves the head under its own number and makes the tail a task with the number of *its* first item, so that no new
+number is ever needed and two tasks never share one.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+PROTOCOL_VERSION: Final = 1
+
+#: A task_id is `client_id << CLIENT_ID_SHIFT | no`: room for 2**40 items a client and 2**23 clients in a signed 64-bit word.
+CLIENT_ID_SHIFT: Final = 40
+
+
+class Frames:
+    """A payload too large to stand inside a message: buffers that travel beside it, in order, and are never copied on the way.
+
+    The first is the pickle, the others are its out-of-band buffers (PEP 574).
+    """
+
+    __slots__ = ("buffers",)
+
+    def __init__(self, buffers: list[Any]) -> None:
+        self.buffers = buffers
+
+    def __len__(self) -> int:
+        """Return the payload's size in bytes, as `len` does for an inline payload."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frames) and [bytes(b) for b in self.buffers] == [bytes(b) for b in other.buffers]
+
+    def __repr__(self) -> str:
+        return f"Frames({len(self.buffers)} buffers, {len(self)} bytes)"
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+#: Bytes of a call's or a result's pickle, or `Frames`. On the wire a `Frames` is an extension value that counts its buffers.
+Payload: TypeAlias = "bytes | Frames"
+WirePayload: TypeAlias = bytes | msgspec.msgpack.Ext
+
+
+class CancelKind(IntEnum):
+    """How far a TaskCancel may go."""
+
+    RECALL = 0  # the scheduler wants back what has not started, to run it elsewhere
+    SOFT = 1  # a user takes back what has not started; running code is left alone
+    FORCED = 2  # a user wants it stopped, running or not
+
+
+class TaskCancelConfirmType(IntEnum):
+    """What became of a TaskCancel."""
+
+    CANCELED = 0  # it will not run (any more): it had not started, or its code has stopped
+    CANCEL_NOT_FOUND = 1  # nobody knows the task: it was never there, or its result is already on the way
+    CANCEL_FAILED = 2  # it exists and will not be stopped
+
+
+class ResultKind(IntEnum):
+    """What a result's payload is."""
+
+    VALUE = 0  # one pickle per item, one behind the other
+    ERROR = 1  # pickle of an exception, of one item
+    DIED = 2  # msgpack of a `DeathReport`: the worker died in this item
+    BROKEN = 3  # utf-8 text: no worker can be started, and why
+
+
+class CallStyle(IntEnum):
+    """How a worker makes a call out of a payload."""
+
+    INLINE = 0  # pickle of (function, args, kwargs)
+    CALL = 1  # pickle of (args, kwargs)
+    MAP = 2  # pickle of (form, items): a run, see `scaler_executor.runtime.calls`
+
+
+class Options(msgspec.Struct, array_like=True, frozen=True):
+    """What holds for each call of a function as it was registered; only `cancel_grace_s` and `retries` have an effect today."""
+
+    retries: int = 0
+    timeout_s: float | None = None
+    priority: int = 0
+    cancel_grace_s: float | None = None
+
+
+class Function(msgspec.Struct, array_like=True):
+    """A function as one client registered it: sent once to each process that needs it, then called by its id.
+
+    Ids count up from 1 per client and are never used again; 0 stands for calls that bring their function along.
+    """
+
+    function_id: int
+    name: str
+    blob: WirePayload
+    style: int = CallStyle.CALL
+    options: Options = Options()
+
+
+class Definition(msgspec.Struct, array_like=True):
+    """A name of the client's `__main__`, versioned. Reserved: nothing sends it yet."""
+
+    name: str
+    version: int
+    blob: bytes
+
+
+class DeathReport(msgspec.Struct, array_like=True):
+    """Why a worker is gone, for `WorkerDiedError`."""
+
+    reason: str  # a sentence without the call's name
+    exit_code: int | None = None  # negative: the signal, as in subprocess; None: nobody could tell
+    host: str = ""
+    pid: int = 0
+    worker_id: int = 0
+    attempt: int = 1
+    peak_memory_bytes: int = 0
+    story: str = ""
+
+
+#: Client to scheduler, one submitted task: (no, items, function_id, payload).
+TaskRow: TypeAlias = tuple[int, int, int, WirePayload]
+#: Scheduler to agent: (task_id, attempt, client_id, items, skip, function_id, payload). The payload may be that of a longer run: the
+#: task's items are those from number `skip` on.
+RunRow: TypeAlias = tuple[int, int, int, int, int, int, WirePayload]
+#: Client to scheduler: (no, cancel_no, kind); scheduler to agent the same with task_id.
+CancelRow: TypeAlias = tuple[int, int, int]
+#: To the client: (no, cancel_no, type, first, count, proven). Items [first, first + count) of the submitted task `no` are meant.
+#: Not `proven`: the machine that ran it is out of reach.
+ClientConfirmRow: TypeAlias = tuple[int, int, int, int, int, bool]
+#: Agent to scheduler: (task_id, attempt, cancel_no, type, at). CANCELED with 0 < at: the run was split, its items from number `at` on are
+#: taken back, those before run on.
+AgentConfirmRow: TypeAlias = tuple[int, int, int, int, int]
+#: To the client: (no, first, count, kind, payload).
+ClientResultRow: TypeAlias = tuple[int, int, int, int, WirePayload]
+#: Agent to scheduler: (task_id, attempt, first, count, kind, payload), `first` counted from the task's own first item.
+AgentResultRow: TypeAlias = tuple[int, int, int, int, int, WirePayload]
+#: Agent to scheduler: (task_id, attempt, at): the items from number `at` on are a task of their own from now on.
+SplitRow: TypeAlias = tuple[int, int, int]
+#: Agent to scheduler: (task_id, attempt, report). The worker died in this task's first outstanding item.
+DeathRow: TypeAlias = tuple[int, int, DeathReport]
+#: Agent to worker: (seq, items, skip, function_id, payload). `seq` numbers the calls of one worker, from 1.
+WorkerCallRow: TypeAlias = tuple[int, int, int, int, WirePayload]
+
+
+class Message(msgspec.Struct, array_like=True):
+    """Base of what travels."""
+
+
+class Hello(Message, tag=1):
+    """First message of a client or an agent."""
+
+    role: str
+    version: int = PROTOCOL_VERSION
+    python: str = ""
+    name: str = ""
+    session: bytes = b""  # names the session to resume; empty for a new one
+    max_running: int | None = None  # at most so many of this client's calls at once
+
+
+class Welcome(Message, tag=2):
+    """The scheduler's answer to Hello."""
+
+    peer_id: int
+    version: int = PROTOCOL_VERSION
+
+
+class Refused(Message, tag=3):
+    """The scheduler's other answer to Hello; it closes the connection behind it."""
+
+    reason: str
+
+
+class Bye(Message, tag=4):
+    """The peer leaves, in order: a client without outstanding tasks, an agent without calls."""
+
+
+class TaskSubmit(Message, tag=5):
+    """Client to scheduler: tasks, with the functions that they need and that were not sent before."""
+
+    tasks: list[TaskRow]
+    functions: list[Function] = []
+    forget: list[int] = []  # functions that no later message will name
+    definitions: list[Definition] = []
+    parent: int = 0  # the task that submits these from inside a call
+
+
+class TaskRun(Message, tag=6):
+    """Scheduler to agent: tasks to run; functions as in TaskSubmit, each with the client that it belongs to."""
+
+    tasks: list[RunRow]
+    functions: list[tuple[int, Function]] = []
+    forget: list[tuple[int, int]] = []
+
+
+class TaskCancel(Message, tag=7):
+    """Client to scheduler to agent: stop these."""
+
+    cancels: list[CancelRow]
+
+
+class TaskCancelConfirm(Message, tag=8):
+    """Scheduler to client: the answers to its TaskCancels."""
+
+    confirms: list[ClientConfirmRow]
+
+
+class TaskResult(Message, tag=9):
+    """Scheduler to client."""
+
+    results: list[ClientResultRow]
+
+
+class TaskRunning(Message, tag=10):
+    """These have been running for some milliseconds. It may lag; a settled task implies it. Scheduler to client: numbers `no`."""
+
+    tasks: list[int]
+
+
+class AgentConfirm(Message, tag=11):
+    """Agent to scheduler: the answers to its TaskCancels."""
+
+    confirms: list[AgentConfirmRow]
+
+
+class AgentResult(Message, tag=12):
+    """Agent to scheduler."""
+
+    results: list[AgentResultRow]
+
+
+class TaskSplit(Message, tag=13):
+    """Agent to scheduler, before anything else is said of the tails."""
+
+    splits: list[SplitRow]
+
+
+class TaskDied(Message, tag=14):
+    """Agent to scheduler."""
+
+    deaths: list[DeathRow]
+
+
+class TaskReturned(Message, tag=15):
+    """Agent to scheduler: handed back before they started, (task_id, attempt)."""
+
+    tasks: list[tuple[int, int]]
+
+
+class AgentCapacity(Message, tag=16):
+    """Agent to scheduler: how many tasks it wants to hold at once; 0 while it drains."""
+
+    tasks: int
+    workers: int
+
+
+class ClientGone(Message, tag=17):
+    """Scheduler to agent: nothing more comes from or goes to this client; its workers are of no use any more."""
+
+    client_id: int
+
+
+class WorkersBroken(Message, tag=18):
+    """No worker can be started. Agent to scheduler: for this client; scheduler to client: `client_id` is its own."""
+
+    client_id: int
+    reason: str
+
+
+class Blocked(Message, tag=19):
+    """Agent to scheduler: these calls wait for nested ones and lend their slot. Reserved: nothing sends it yet."""
+
+    tasks: list[int]
+
+
+class Unblocked(Message, tag=20):
+    """Agent to scheduler: these calls want their slot back. Reserved: nothing sends it yet."""
+
+    tasks: list[int]
+
+
+class Output(Message, tag=21):
+    """What a call printed, on its way to the client. Reserved: nothing sends it yet."""
+
+    task_id: int
+    stream: int
+    text: bytes
+
+
+class WorkerRun(Message, tag=22):
+    """Agent to worker: calls of one function, to be made in this order."""
+
+    calls: list[WorkerCallRow]
+    functions: list[Function] = []
+    forget: list[int] = []
+
+
+class ForkerSetup(Message, tag=30):
+    """Agent to forker, once, with two descriptors: the bell and a pidfd of the agent's process."""
+
+    stop_deadline_s: float = 5.0
+
+
+class ForkWorker(Message, tag=31):
+    """Agent to forker."""
+
+    worker_id: int
+
+
+class InterruptWorker(Message, tag=32):
+    """Agent to forker: stop this call softly; it must not start if it has not yet."""
+
+    worker_id: int
+    seq: int
+
+
+class FreezeWorker(Message, tag=33):
+    """Agent to forker: freeze, look; kill if `kill_seq` is in progress, else take back and continue.
+
+    Taken back are the calls of `revoke` that have not been claimed and, if `split_seq` is the run in progress, its items that have not been claimed.
+    """
+
+    worker_id: int
+    kill_seq: int = 0
+    revoke: list[int] = []
+    split_seq: int = 0
+
+
+class KillWorker(Message, tag=34):
+    """Agent to forker: kill the worker and its process group, whatever it does."""
+
+    worker_id: int
+
+
+class WorkerForked(Message, tag=35):
+    """Forker to agent, with four descriptors: call pair, result pipe, page, pidfd."""
+
+    worker_id: int
+    pid: int
+
+
+class WorkerForkFailed(Message, tag=36):
+    """Forker to agent."""
+
+    worker_id: int
+    reason: str
+
+
+class WorkerFrozen(Message, tag=37):
+    """Forker to agent: what the page of the frozen worker said.
+
+    `killed`: `kill_seq` was in progress and its process group has been sent SIGKILL; `WorkerExited` follows. `stuck`: the worker did not stop,
+    or did not die, within the deadline.
+    """
+
+    worker_id: int
+    current: int
+    done: int
+    item: int
+    killed: bool = False
+    stuck: bool = False
+
+
+class WorkerExited(Message, tag=38):
+    """Forker to agent: reaped. After a crash, or if it was killed, its process group is empty as well."""
+
+    worker_id: int
+    pid: int
+    exit_code: int
+    current: int
+    done: int
+    item: int
+    peak_memory_bytes: int = 0
+
+
+ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel
+ToClientMessage: TypeAlias = Welcome | Refused | TaskResult | TaskCancelConfirm | TaskRunning | WorkersBroken | Output
+AgentMessage: TypeAlias = (
+    Hello
+    | Bye
+    | AgentResult
+    | AgentConfirm
+    | TaskRunning
+    | TaskSplit
+    | TaskDied
+    | TaskReturned
+    | AgentCapacity
+    | WorkersBroken
+    | Blocked
+    | Unblocked
+    | Output
+)
+ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | Bye
+ToForkerMessage: TypeAlias = ForkerSetup | ForkWorker | InterruptWorker | FreezeWorker | KillWorker
+ForkerMessage: TypeAlias = WorkerForked | WorkerForkFailed | WorkerFrozen | WorkerExited

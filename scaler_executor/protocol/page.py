@@ -1,0 +1,62 @@
+"""The page of memory that a worker shares with its agent and its forker, and the records in its result pipe.
+
+The page is an array of native, aligned 64-bit words (`memoryview.cast("q")`): a word cannot be torn by a stop. It tells, at any moment at which the
+worker is frozen or dead, which calls are over, which one is in progress and which have not been started.
+
+The worker's side, for each call, in this order:
+
+    page[CURRENT] = seq                       # claim
+    page[slot(seq)] == seq, or skip it        # then look whether it is still allowed
+    ... run it ...
+    write the result into the pipe            # crash-proof from here on
+    page[DONE] = seq
+
+Claim before look: a freezer that sees `CURRENT < seq` may take `seq` back, since the worker has yet to look; one that sees `CURRENT == seq` may
+not. Before it claims a run of items the worker writes ITEM = 0 and STOP = items; inside the run each item is claimed the same way: ITEM = i,
+then look at i < STOP, then run it, then write its result.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+#: Number of the call claimed last; that call is in progress unless DONE has reached it. Written by the worker.
+CURRENT: Final = 0
+#: Number of the last call whose results are all in the pipe. Written by the worker.
+DONE: Final = 1
+#: Item of the current run claimed last, counted from the first one of the row. Written by the worker.
+ITEM: Final = 2
+#: Items of the current run from this one on must not be started. Written by the worker before it claims a run, lowered by the forker
+#: while the worker is frozen inside it.
+STOP: Final = 3
+#: The call that is to be stopped softly. Written by the forker before it signals.
+INTERRUPT: Final = 4
+#: 1 after the worker rang the bell, until the agent has read its pipe. Tells which of many workers rang.
+RANG: Final = 5
+
+HEADER_WORDS: Final = 16
+#: So many calls may be in a worker's hands at once.
+RING_SLOTS: Final = 1000
+PAGE_WORDS: Final = HEADER_WORDS + RING_SLOTS
+PAGE_BYTES: Final = 8 * PAGE_WORDS
+
+
+def slot(seq: int) -> int:
+    """Return the index of the word that holds `seq` while the call is allowed to start; the agent writes it before it sends the call."""
+    return HEADER_WORDS + seq % RING_SLOTS
+
+
+#: Head of a record in the result pipe: body length in bytes, seq, item, number of frames, kind. With frames the body begins with
+#: the length of each of them as an unsigned 64-bit word; frame 0 is the pickle.
+RECORD: Final = Struct("<QQIHBx")
+RECORD_BYTES: Final = RECORD.size
+
+# Kinds of records. The first two are those of `messages.ResultKind`.
+RECORD_VALUE: Final = 0  # pickle of the item's value
+RECORD_ERROR: Final = 1  # pickle of the item's exception
+RECORD_UNWOUND: Final = 2  # the call was stopped softly and has unwound; the worker exits and claims nothing more
+RECORD_SKIPPED: Final = 3  # the call was claimed, found taken back and not started
+RECORD_BATCH_END: Final = 4  # `seq`: duration of the message's calls in ns; `item`: the items run
+RECORD_READY: Final = 5  # the initializer is through
+RECORD_START_FAILED: Final = 6  # utf-8 text: traceback of the initializer; the worker exits
