@@ -1,0 +1,454 @@
+"""The client's side of the tasks: which were sent, which are being cancelled, and what each answer means for their futures.
+
+It knows numbers, not futures: `scaler_executor.runtime.client` keeps those and does what the instructions say. It does not know which worker or
+machine runs a task, nor whether the scheduler has split a run: answers name item ranges, and a run is over when each item has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+from typing_extensions import assert_never
+
+from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
+from scaler_executor.protocol.machine import Story, Transition, peer_error
+from scaler_executor.protocol.messages import (
+    PROTOCOL_VERSION,
+    Bye,
+    CancelKind,
+    ClientResultRow,
+    Function,
+    Message,
+    Output,
+    Refused,
+    TaskCancel,
+    TaskCancelConfirm,
+    TaskCancelConfirmType,
+    TaskResult,
+    TaskRow,
+    TaskRunning,
+    TaskSubmit,
+    ToClientMessage,
+    Welcome,
+    WorkersBroken,
+)
+
+State = Literal["UNSENT", "SENT", "CANCELING"]
+UNSENT: Final = "UNSENT"
+SENT: Final = "SENT"
+CANCELING: Final = "CANCELING"
+
+Cause = Literal["CANCELED", "NOT_FOUND", "FINISHED_FIRST", "UNCONFIRMED"]
+
+#: In the place of a first item: every item of the run that has no answer yet.
+REST: Final = -1
+
+
+# Events
+
+
+@dataclass(slots=True)
+class Batch:
+    """What callers asked for since the last time, in order, but a cancel of a task of the same batch unsends it."""
+
+    tasks: list[TaskRow] = field(default_factory=list)
+    functions: list[Function] = field(default_factory=list)
+    forget: list[int] = field(default_factory=list)
+    cancels: list[tuple[int, CancelKind]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Received:
+    """A message came from the scheduler."""
+
+    message: ToClientMessage
+
+
+@dataclass(slots=True)
+class SchedulerLost:
+    """The scheduler, or the way to it, is gone for good."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class CloseAsked:
+    """The user will submit no more: say Bye when nothing is outstanding."""
+
+
+Event: TypeAlias = Batch | Received | SchedulerLost | CloseAsked
+
+
+# Instructions
+
+
+@dataclass(slots=True)
+class Send:
+    """Send to the scheduler."""
+
+    message: Message
+
+
+@dataclass(slots=True)
+class Deliver:
+    """These items have a result. A task of one item is over with it."""
+
+    results: list[ClientResultRow]
+
+
+@dataclass(slots=True)
+class Cancelled:
+    """Items [first, first + count) of a task end cancelled, and why: (no, first, count, cause). `first` is REST for all that are left."""
+
+    items: list[tuple[int, int, int, Cause]]
+
+
+@dataclass(slots=True)
+class CancelRefused:
+    """The cancels of these are answered: they run on and complete normally."""
+
+    tasks: list[int]
+
+
+@dataclass(slots=True)
+class Running:
+    """These have been seen running."""
+
+    tasks: list[int]
+
+
+@dataclass(slots=True)
+class Finished:
+    """Each item of these has been answered. Not said of tasks of one item that are over with Deliver and were never asked to cancel."""
+
+    tasks: list[int]
+
+
+@dataclass(slots=True)
+class Lost:
+    """These end with SchedulerLostError, as will what is submitted from now on."""
+
+    tasks: list[int]
+    reason: str
+
+
+@dataclass(slots=True)
+class Broken:
+    """No worker can be started: what is submitted from now on is refused with this reason."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Closed:
+    """Bye has been said: nothing more will happen."""
+
+
+Instruction: TypeAlias = Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Broken | Closed
+
+
+class ClientTask:
+    """One outstanding task. Those of one item that nobody has asked to cancel share a single object, see `PLAIN`."""
+
+    __slots__ = ("cancel_no", "is_run", "kind", "no", "open_items", "state")
+
+    def __init__(self, no: int, state: State, open_items: int) -> None:
+        self.no = no
+        self.state: State = state
+        self.is_run = open_items > 1
+        #: Items without an answer.
+        self.open_items = open_items
+        #: Number of the newest cancel request, 0: none is outstanding. Only answers to this one refuse.
+        self.cancel_no = 0
+        self.kind = CancelKind.RECALL
+
+
+#: Stands for every task of one item in SENT: a table of 100,000 calls then costs a dictionary and no objects.
+PLAIN: Final = ClientTask(0, SENT, 1)
+
+
+class ClientState:
+    """The outstanding tasks of one client. Not thread-safe: the caller serialises."""
+
+    def __init__(self) -> None:
+        #: {no: ClientTask}: everything submitted and not fully answered.
+        self._tasks: dict[int, ClientTask] = {}
+        #: Submissions from before the scheduler's Welcome; excludes `_welcome`.
+        self._backlog: list[TaskSubmit] = []
+        self._welcome: Welcome | None = None
+        #: Set once, by SchedulerLost: everything submitted later is lost as well.
+        self._lost: str | None = None
+        self._closing = False
+        self._said_bye = False
+        self._last_cancel_no = 0
+        self._story = Story()
+        #: Answers to what is no longer asked: normal after a lost race.
+        self.stale = 0
+        self._now = 0.0
+        self._out: list[Instruction] = []
+
+    # The four methods that every state class has
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take one event in and return what is to be done, in order.
+
+        Raises:
+            RemoteProtocolError: The scheduler broke the protocol; treat it as lost.
+        """
+        self._now = now
+        out = self._out = []
+        if isinstance(event, Received):
+            self._received(event.message)
+        elif isinstance(event, Batch):
+            self._batch(event)
+        elif isinstance(event, SchedulerLost):
+            self._scheduler_lost(event.reason)
+        elif isinstance(event, CloseAsked):
+            self._closing = True
+        else:
+            assert_never(event)
+        if self._closing and not self._tasks and not self._said_bye and (self._welcome or self._lost is not None):
+            self._said_bye = True
+            if self._lost is None:
+                out.append(Send(Bye()))
+            out.append(Closed())
+        return out
+
+    def next_deadline(self) -> float | None:
+        """Return when a Tick is due: never, nothing here depends on time."""
+        return None
+
+    def story(self, task_id: int) -> list[Transition]:
+        """Return what is remembered of the cancels of task `no`."""
+        return self._story.of(task_id)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        assert PLAIN.state == SENT and PLAIN.open_items == 1 and not PLAIN.cancel_no
+        unsent = {row[0] for submit in self._backlog for row in submit.tasks}
+        for no, task in self._tasks.items():
+            assert task.open_items > 0, no
+            assert (task.state == CANCELING) == bool(task.cancel_no), (no, task.state)
+            assert task is PLAIN or task.no == no
+            assert task.state != UNSENT or no in unsent, no
+        assert not (self._backlog and self._welcome)
+        assert self._lost is None or not self._tasks
+
+    @property
+    def outstanding(self) -> int:
+        """Number of tasks without a full answer."""
+        return len(self._tasks)
+
+    def outstanding_tasks(self) -> list[int]:
+        """Return the numbers of the tasks without a full answer, oldest first."""
+        return list(self._tasks)
+
+    # What callers ask
+
+    def _batch(self, batch: Batch) -> None:
+        if self._said_bye:
+            raise LocalProtocolError("bug: submitted after Bye")
+        tasks = batch.tasks
+        if batch.cancels:
+            tasks = self._unsend(tasks, batch.cancels)
+        if self._lost is not None:
+            if tasks:
+                self._out.append(Lost([row[0] for row in tasks], self._lost))
+            return
+        if tasks or batch.functions or batch.forget:
+            submit = TaskSubmit(tasks, batch.functions, batch.forget)
+            if self._welcome is None:
+                self._tasks.update((row[0], ClientTask(row[0], UNSENT, row[1])) for row in tasks)
+                self._backlog.append(submit)
+            else:
+                self._send(submit)
+        if batch.cancels:
+            self._cancel(batch.cancels)
+
+    def _send(self, submit: TaskSubmit) -> None:
+        plain = PLAIN
+        self._tasks.update([(row[0], plain if row[1] == 1 else ClientTask(row[0], SENT, row[1])) for row in submit.tasks])
+        self._out.append(Send(submit))
+
+    def _unsend(self, tasks: list[TaskRow], cancels: list[tuple[int, CancelKind]]) -> list[TaskRow]:
+        """Drop from `tasks` those that `cancels` names: they are cancelled before anybody heard of them."""
+        asked = {no for no, _ in cancels}
+        dropped = [row for row in tasks if row[0] in asked]
+        if not dropped:
+            return tasks
+        self._out.append(Cancelled([(row[0], REST, row[1], "CANCELED") for row in dropped]))
+        self._out.append(Finished([row[0] for row in dropped]))
+        return [row for row in tasks if row[0] not in asked]
+
+    def _cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
+        rows: list[tuple[int, int, int]] = []
+        for no, kind in cancels:
+            task = self._tasks.get(no)
+            if task is None:
+                continue  # answered in the meantime: its future has been settled, or it was unsent just now
+            if task is PLAIN:
+                task = self._tasks[no] = ClientTask(no, SENT, 1)
+            _TABLE[task.state]["CANCEL"](self, task, kind, rows)
+        if rows:
+            self._out.append(Send(TaskCancel(rows)))
+
+    def _drop_unsent(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
+        for submit in self._backlog:
+            submit.tasks = [row for row in submit.tasks if row[0] != task.no]
+        self._cancelled(task, REST, task.open_items, "CANCELED")
+
+    def _ask(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
+        self._last_cancel_no += 1
+        self._story.add(self._now, task.no, f"cancel {kind.name}", task.state, CANCELING, f"cancel_no {self._last_cancel_no}")
+        task.state = CANCELING
+        task.cancel_no = self._last_cancel_no
+        task.kind = kind
+        rows.append((task.no, task.cancel_no, int(kind)))
+
+    def _raise_or_join(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
+        if kind > task.kind:
+            self._ask(task, kind, rows)
+
+    # What the scheduler says
+
+    def _received(self, message: ToClientMessage) -> None:
+        if isinstance(message, TaskResult):
+            self._results(message.results)
+        elif isinstance(message, TaskCancelConfirm):
+            self._confirms(message)
+        elif isinstance(message, TaskRunning):
+            self._out.append(Running([no for no in message.tasks if no in self._tasks]))
+        elif isinstance(message, WorkersBroken):
+            self._out.append(Broken(message.reason))
+        elif isinstance(message, Welcome):
+            self._welcomed(message)
+        elif isinstance(message, Refused):
+            self._scheduler_lost(f"the scheduler refused this client: {message.reason}")
+        elif isinstance(message, Output):
+            raise RemoteProtocolError("Output is reserved")
+        else:
+            assert_never(message)
+
+    def _welcomed(self, message: Welcome) -> None:
+        if self._welcome is not None:
+            raise RemoteProtocolError("a second Welcome")
+        if message.version != PROTOCOL_VERSION:
+            raise RemoteProtocolError(f"the scheduler speaks version {message.version}, this client {PROTOCOL_VERSION}")
+        self._welcome = message
+        backlog, self._backlog = self._backlog, []
+        for submit in backlog:
+            self._send(submit)
+
+    def _results(self, results: list[ClientResultRow]) -> None:
+        pop = self._tasks.pop
+        others: list[ClientResultRow] | None = None
+        for index, row in enumerate(results):
+            task = pop(row[0], None)
+            if task is not PLAIN:
+                # The rare kinds, one of which makes the batch be taken apart: up to here all were plain.
+                if others is None:
+                    others = results[:index]
+                if task is None:
+                    self.stale += 1
+                else:
+                    self._tasks[row[0]] = task
+                    _TABLE[task.state]["RESULT"](self, task, row, others)
+            elif others is not None:
+                others.append(row)
+        delivered = results if others is None else others
+        if delivered:
+            # First of all: a run that is over is over after its last results.
+            self._out.insert(0, Deliver(delivered))
+
+    def _deliver(self, task: ClientTask, row: ClientResultRow, delivered: list[ClientResultRow]) -> None:
+        delivered.append(row)
+        self._answered(task, row[2])
+
+    def _finished_first(self, task: ClientTask, row: ClientResultRow, delivered: list[ClientResultRow]) -> None:
+        if task.kind is CancelKind.SOFT and task.is_run:
+            # These items had started when what had not was taken back.
+            self._deliver(task, row, delivered)
+        else:
+            self._cancelled(task, row[1], row[2], "FINISHED_FIRST")
+
+    def _confirms(self, message: TaskCancelConfirm) -> None:
+        for no, cancel_no, kind, first, count, proven in message.confirms:
+            task = self._tasks.get(no)
+            if task is None or (cancel_no != task.cancel_no and kind == TaskCancelConfirmType.CANCEL_FAILED):
+                self.stale += 1  # over, or a newer request is out: its answer counts
+                continue
+            _TABLE[task.state]["CONFIRM"](self, task, kind, first, count, proven)
+
+    def _stale_confirm(self, task: ClientTask, *_: Any) -> None:
+        self.stale += 1
+
+    def _confirmed(self, task: ClientTask, kind: int, first: int, count: int, proven: bool) -> None:
+        if kind == TaskCancelConfirmType.CANCELED:
+            self._cancelled(task, first, count, "CANCELED" if proven else "UNCONFIRMED")
+        elif kind == TaskCancelConfirmType.CANCEL_NOT_FOUND:
+            # The scheduler knows nothing of the whole task, so there is nothing more to wait for.
+            self._cancelled(task, REST, task.open_items, "NOT_FOUND")
+        elif kind == TaskCancelConfirmType.CANCEL_FAILED:
+            self._story.add(self._now, task.no, "CancelFailed", task.state, SENT)
+            task.state = SENT
+            task.cancel_no = 0
+            self._out.append(CancelRefused([task.no]))
+        else:
+            raise RemoteProtocolError(f"confirm of type {kind}")
+
+    def _cancelled(self, task: ClientTask, first: int, count: int, cause: Cause) -> None:
+        self._story.add(self._now, task.no, cause, task.state, task.state, f"items {first}+{count}")
+        self._out.append(Cancelled([(task.no, first, count, cause)]))
+        self._answered(task, count)
+
+    def _answered(self, task: ClientTask, count: int) -> None:
+        if count < 1 or count > task.open_items:
+            raise RemoteProtocolError(f"{count} items answered of the {task.open_items} outstanding ones of task {task.no}")
+        task.open_items -= count
+        if task.open_items == 0:
+            del self._tasks[task.no]
+            self._out.append(Finished([task.no]))
+
+    def _scheduler_lost(self, reason: str) -> None:
+        if self._lost is not None:
+            return
+        self._lost = reason
+        self._backlog.clear()
+        tasks, self._tasks = self._tasks, {}
+        cancelled: list[tuple[int, int, int, Cause]] = []
+        lost: list[int] = []
+        for no, task in tasks.items():
+            if task.state == CANCELING:
+                cancelled.append((no, REST, task.open_items, "UNCONFIRMED"))
+            else:
+                lost.append(no)
+        if cancelled:
+            self._out.append(Cancelled(cancelled))
+        self._out.append(Lost(lost, reason))
+        self._out.append(Finished(list(tasks)))
+
+
+_Cell: TypeAlias = Callable[..., None]
+
+EVENTS: Final = ("CANCEL", "RESULT", "CONFIRM")
+_TABLE: dict[str, dict[str, _Cell]] = {
+    UNSENT: {
+        "CANCEL": ClientState._drop_unsent,
+        "RESULT": peer_error,
+        "CONFIRM": peer_error,
+    },
+    SENT: {
+        "CANCEL": ClientState._ask,
+        "RESULT": ClientState._deliver,
+        # The answer to a request that a later CancelFailed has already closed: soft refused, forced answered, and the like.
+        "CONFIRM": ClientState._stale_confirm,
+    },
+    CANCELING: {
+        "CANCEL": ClientState._raise_or_join,
+        "RESULT": ClientState._finished_first,
+        "CONFIRM": ClientState._confirmed,
+    },
+}
+TABLE: Final = _TABLE
