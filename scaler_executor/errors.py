@@ -1,0 +1,60 @@
+"""The public exceptions.
+
+Those that derive from the standard library's BrokenExecutor and BrokenProcessPool are made on first use:
+`concurrent.futures.process` takes some 40 ms to import, and most programs never see one. They are pickled by their
+public name, `scaler_executor.WorkerDiedError` say.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaler_executor._broken_executor import SchedulerLostError as SchedulerLostError
+    from scaler_executor._broken_pool import WorkerDiedError as WorkerDiedError
+    from scaler_executor._broken_pool import WorkerStartError as WorkerStartError
+
+__all__ = ["RemoteError", "SchedulerLostError", "TaskInterrupted", "WorkerDiedError", "WorkerStartError"]
+
+
+class TaskInterrupted(KeyboardInterrupt):
+    """Raised inside a running call, in its worker, when the call is cancelled.
+
+    It is a KeyboardInterrupt because that is what well-behaved code lets pass: `finally` blocks and context managers
+    run. A call that swallows it and returns has finished; one that does not end within the executor's `cancel_grace` is
+    killed.
+    """
+
+    __module__ = "scaler_executor"
+
+
+class RemoteError(Exception):
+    """Stands for an exception of a call that could not be sent back as it was.
+
+    Attributes:
+        type_name: Qualified name of the original's type.
+        text: `str()` of the original, or why that failed.
+        traceback: The formatted traceback from the worker.
+    """
+
+    __module__ = "scaler_executor"
+
+    def __init__(self, type_name: str, text: str, traceback: str = "") -> None:
+        super().__init__(type_name, text, traceback)
+        self.type_name = type_name
+        self.text = text
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SchedulerLostError":
+        from scaler_executor import _broken_executor as home
+    elif name in ("WorkerDiedError", "WorkerStartError"):
+        from scaler_executor import _broken_pool as home  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(home, name)
+    return value
