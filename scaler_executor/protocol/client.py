@@ -192,15 +192,14 @@ class ClientState:
     # The four methods that every state class has
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """Take one event in and return what is to be done, in order.
-
-        Raises:
-            RemoteProtocolError: The scheduler broke the protocol; treat it as lost.
-        """
+        """Take one event in and return what is to be done, in order."""
         self._now = now
         out = self._out = []
         if isinstance(event, Received):
-            self._received(event.message)
+            try:
+                self._received(event.message)
+            except RemoteProtocolError as error:
+                self._scheduler_lost(f"the scheduler broke the protocol: {error}")
         elif isinstance(event, Batch):
             self._batch(event)
         elif isinstance(event, SchedulerLost):
@@ -344,23 +343,27 @@ class ClientState:
     def _results(self, results: list[ClientResultRow]) -> None:
         pop = self._tasks.pop
         others: list[ClientResultRow] | None = None
-        for index, row in enumerate(results):
-            task = pop(row[0], None)
-            if task is not PLAIN:
-                # The rare kinds, one of which makes the batch be taken apart: up to here all were plain.
-                if others is None:
-                    others = results[:index]
-                if task is None:
-                    self.stale += 1
-                else:
-                    self._tasks[row[0]] = task
-                    _TABLE[task.state]["RESULT"](self, task, row, others)
-            elif others is not None:
-                others.append(row)
-        delivered = results if others is None else others
-        if delivered:
-            # First of all: a run that is over is over after its last results.
-            self._out.insert(0, Deliver(delivered))
+        done = 0
+        try:
+            for row in results:
+                task = pop(row[0], None)
+                if task is not PLAIN:
+                    # The rare kinds, one of which makes the batch be taken apart: up to here all were plain.
+                    if others is None:
+                        others = results[:done]
+                    if task is None:
+                        self.stale += 1
+                    else:
+                        self._tasks[row[0]] = task
+                        _TABLE[task.state]["RESULT"](self, task, row, others)
+                elif others is not None:
+                    others.append(row)
+                done += 1
+        finally:
+            # Also when a row broke the protocol: those before it count. And first of all: a run that is over is over after its last results.
+            delivered = results[:done] if others is None else others
+            if delivered:
+                self._out.insert(0, Deliver(delivered))
 
     def _deliver(self, task: ClientTask, row: ClientResultRow, delivered: list[ClientResultRow]) -> None:
         delivered.append(row)
@@ -391,6 +394,8 @@ class ClientState:
             # The scheduler knows nothing of the whole task, so there is nothing more to wait for.
             self._cancelled(task, REST, task.open_items, "NOT_FOUND")
         elif kind == TaskCancelConfirmType.CANCEL_FAILED:
+            if task.is_run:
+                return  # said of a part of it: those items run on, the others are still to be answered
             self._story.add(self._now, task.no, "CancelFailed", task.state, SENT)
             task.state = SENT
             task.cancel_no = 0
