@@ -6,7 +6,8 @@ subcommand needs is imported only when it runs, so that `--help` and `--version`
 
 import argparse
 from collections.abc import Callable, Sequence
-from importlib import metadata
+
+from scaler_executor import __version__
 
 _EXAMPLE = """\
 example:
@@ -36,17 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"scaler-executor {_version()}")
+    parser.add_argument("--version", action="version", version=f"scaler-executor {__version__}")
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(subcommands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return metadata.version("scaler-executor")
-    except metadata.PackageNotFoundError:
-        return "(run from a checkout, not installed)"
 
 
 def _add_demo(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
