@@ -1,0 +1,134 @@
+"""The agent's side of a worker's result pipe: records, in the layout of `protocol.page`.
+
+This module knows the records and not what they mean. The worker writes a record before its page leaves the call; so
+after a worker's death the pipe holds every finished call, and at most one partial record at its end.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, TypeAlias
+
+from scaler_executor.protocol.codec import FRAME_LENGTH, MAX_FRAMES, RemoteProtocolError
+from scaler_executor.protocol.messages import Frames
+from scaler_executor.protocol.page import RECORD, RECORD_BYTES, RECORD_START_FAILED
+from scaler_executor.runtime.transport import PartReader
+
+#: One `read`: what a Linux pipe holds by default.
+CHUNK_BYTES: Final = 1 << 16
+#: A record that is not here whole and is larger than this gets a buffer of its own.
+LARGE_BYTES: Final = 1 << 14
+
+#: Kind, seq, item, payload. The payload is bytes, or Frames if the record has frames.
+Record: TypeAlias = tuple[int, int, int, "bytes | Frames"]
+
+
+class ResultPipe:
+    """Reads records from a nonblocking descriptor, which it owns."""
+
+    __slots__ = ("_fd", "_large", "_large_head", "_tail")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_blocking(fd, False)
+        #: Bytes of a record that is not complete yet. Never more than a small record or the lengths of its frames.
+        self._tail = b""
+        #: The record that is being received into buffers of its own, and its kind, seq, item and number of frames;
+        #: `_tail` is empty then.
+        self._large: PartReader | None = None
+        self._large_head = (0, 0, 0, 0)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+        self._fd = -1
+
+    def read(self, max_bytes: int) -> list[Record]:
+        """Return the records that are complete after reading at most about `max_bytes`, perhaps none.
+
+        Raises:
+            RemoteProtocolError: This is not what a worker writes.
+        """
+        records: list[Record] = []
+        while max_bytes > 0:
+            count, more = self._read_once(records)
+            max_bytes -= count
+            if not more:
+                break
+        return records
+
+    def drain(self) -> list[Record]:
+        """Return all that a dead worker left. A partial record is dropped; end-of-file is not waited for, since a stray
+        child may hold the other end.
+
+        Raises:
+            RemoteProtocolError: This is not what a worker writes.
+        """
+        records: list[Record] = []
+        more = True
+        while more:
+            _, more = self._read_once(records)
+        self._tail = b""
+        self._large = None
+        return records
+
+    def _read_once(self, records: list[Record]) -> tuple[int, bool]:
+        """Read once. Return the number of bytes and whether there may be more."""
+        large = self._large
+        try:
+            if large is not None:
+                count = large.receive(self._readinto)
+                if large.is_done:
+                    self._finish_large(large, records)
+                return count, count > 0
+            data = os.read(self._fd, CHUNK_BYTES)
+        except BlockingIOError:
+            return 0, False
+        self._parse(self._tail + data if self._tail else data, records)
+        # A short read has emptied the pipe. Asking again would cost a system call each time.
+        return len(data), len(data) == CHUNK_BYTES or self._large is not None
+
+    def _readinto(self, room: memoryview) -> int:
+        return os.readv(self._fd, [room])
+
+    def _parse(self, data: bytes, records: list[Record]) -> None:
+        """Take the complete records out of `data`, keep the rest."""
+        at = 0
+        end = len(data)
+        unpack = RECORD.unpack_from
+        append = records.append
+        while end - at >= RECORD_BYTES:
+            size, seq, item, frame_count, kind = unpack(data, at)
+            start = at + RECORD_BYTES
+            stop = start + size
+            if not frame_count and stop <= end:
+                append((kind, seq, item, data[start:stop]))
+                at = stop
+                continue
+            if kind > RECORD_START_FAILED or frame_count > MAX_FRAMES:
+                raise RemoteProtocolError(f"a record of kind {kind} with {frame_count} frames")
+            if not frame_count and size <= LARGE_BYTES:
+                break
+            first = start + FRAME_LENGTH.size * frame_count
+            if first > end:
+                break
+            lengths = [length for (length,) in FRAME_LENGTH.iter_unpack(data[start:first])] if frame_count else [size]
+            if sum(lengths) != stop - first:
+                raise RemoteProtocolError(f"a record of {size} bytes with frames of {sum(lengths)}")
+            large = PartReader(lengths)
+            at = large.feed(data, first)
+            self._large_head = (kind, seq, item, frame_count)
+            if not large.is_done:
+                self._large = large
+                break
+            self._finish_large(large, records)
+        self._tail = data[at:] if at else data
+
+    def _finish_large(self, large: PartReader, records: list[Record]) -> None:
+        kind, seq, item, frame_count = self._large_head
+        records.append((kind, seq, item, Frames(list(large.parts)) if frame_count else bytes(large.parts[0])))
+        self._large = None
