@@ -1,0 +1,468 @@
+"""Pickling of functions, calls and results, on both sides.
+
+This module knows how values become payloads and payloads values. It does not know what a message is or who is asked to
+run what. Unpickling runs code of the peer's choosing: only the user's own process and its workers import this module.
+
+The C pickler goes first. cloudpickle is imported and used only for what pickle refuses (lambdas, closures, local
+classes) and for what would not be found under its name on the other side (`__main__`).
+
+A run of items travels as the pickle of (form, items), see `RunForm`. The results of a run come back as pickles one
+behind the other.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from enum import IntEnum
+from struct import Struct
+from types import FunctionType
+from typing import Any, Final
+
+from scaler_executor.errors import RemoteError
+from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
+from scaler_executor.protocol.messages import Frames, Payload
+
+PROTOCOL: Final = 5
+#: Values of exactly these types hold no reference to anything mutable, and pickle without running code of the user's.
+PLAIN_TYPES: Final = frozenset({int, float, str, bytes, bool, type(None)})
+
+_MAX_BUFFERS: Final = 1024
+_dumps = pickle.dumps
+_loads = pickle.loads
+
+
+class RunForm(IntEnum):
+    """How the items of a run stand in its payload."""
+
+    PLAIN_SINGLE = 0  # plain values, each the only argument of its item
+    PLAIN = 1  # tuples of plain values: the arguments
+    PICKLED = 2  # (pickle of the argument tuple, number of its frames), or (pickle of an exception, -1)
+
+
+def main_baseline() -> dict[str, Any]:
+    """Return the functions and classes of this process's `__main__`, which workers forked from it from now on have as
+    well."""
+    namespace = getattr(sys.modules.get("__main__"), "__dict__", {})
+    return {name: value for name, value in list(namespace.items()) if isinstance(value, (type, FunctionType))}
+
+
+class MainByBaseline:
+    """Decides which objects of `__main__` the other side finds by name: those that it inherited and that still have
+    that name here.
+
+    Args:
+        baseline: What `main_baseline` returned when the workers' common ancestor was forked; None if they inherit
+        nothing.
+    """
+
+    def __init__(self, baseline: dict[str, Any] | None) -> None:
+        self._baseline = baseline
+
+    def holds(self, value: Any) -> bool:
+        """Tell whether a function or class of `__main__` is found by name."""
+        if self._baseline is None:
+            return False
+        top, *rest = value.__qualname__.split(".")
+        found = self._baseline.get(top)
+        return found is not None and found is _main_namespace().get(top) and _descend(found, rest) is value
+
+    def holds_all(self) -> bool:
+        """Tell whether every function and class of `__main__` is: then C pickle's output is right as it is."""
+        baseline = self._baseline
+        if baseline is None:
+            return False
+        for name, value in list(_main_namespace().items()):
+            if isinstance(value, (type, FunctionType)) and baseline.get(name) is not value:
+                return False
+        return True
+
+
+def _main_namespace() -> dict[str, Any]:
+    return getattr(sys.modules.get("__main__"), "__dict__", {})
+
+
+def _descend(value: Any, names: list[str]) -> Any:
+    for name in names:
+        value = getattr(value, name, None)
+    return value
+
+
+class CallPickler:
+    """Pickles what travels between the user's process and its workers. Thread-safe.
+
+    Args:
+        baseline: See `MainByBaseline`.
+        copy_buffers: Whether out-of-band buffers are copied, as they must be unless the payload is written before
+        anybody can change them.
+    """
+
+    def __init__(self, baseline: dict[str, Any] | None, *, copy_buffers: bool = True) -> None:
+        self._main = MainByBaseline(baseline)
+        self._copy_buffers = copy_buffers
+        #: The pickler class for the second attempt; made when first needed, since it imports cloudpickle.
+        self._by_value_pickler: Any = None
+
+    def dumps(self, value: Any) -> Payload:
+        """Return the payload of any value.
+
+        Raises:
+            Exception: What pickle raises: PicklingError, TypeError, AttributeError, or whatever the value's own methods
+            raise.
+        """
+        try:
+            # Most values have no large buffer, and those that have one can afford a second attempt.
+            data = _dumps(value, PROTOCOL, buffer_callback=_refuse_large)
+            if len(data) <= INLINE_BYTES and b"__main__" not in data:
+                return data
+        except Exception:
+            pass
+        buffers: list[Any] = []
+
+        def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+            return not self._place(buffer, buffers)
+
+        data = self._dumps(value, keep_in_band, buffers)
+        if buffers or len(data) > INLINE_BYTES:
+            return Frames([data, *buffers])
+        return data
+
+    def dumps_in_band(self, value: Any) -> bytes:
+        """Return one pickle of any size; errors as `dumps`."""
+        return self._dumps(value, None, [])
+
+    def dumps_call(self, value: tuple[Any, ...]) -> Payload:
+        """Return the payload of (args, kwargs) or (function, args, kwargs); as `dumps`, and an error names the
+        argument."""
+        try:
+            return self.dumps(value)
+        except Exception as error:
+            *function, args, kwargs = value
+            parts = [(f"function {name_of(part)}", part) for part in function]
+            parts += [(f"argument {index}", part) for index, part in enumerate(args)]
+            parts += [(f"argument {name!r}", part) for name, part in kwargs.items()]
+            self._name_culprit(error, parts)
+            raise
+
+    def dumps_run(self, items: list[tuple[Any, ...]]) -> Payload:
+        """Return the payload of a run: for each item, its arguments.
+
+        Items of plain values share one pickle. Any others are pickled one by one: then two items share no object, and
+        an item that does not pickle raises in its own call.
+        """
+        values: list[Any] = [item[0] for item in items if len(item) == 1]
+        if len(values) == len(items):
+            if _are_plain(values):
+                return _as_payload(_dumps((int(RunForm.PLAIN_SINGLE), values), PROTOCOL))
+        elif all(PLAIN_TYPES.issuperset(map(type, item)) for item in items):
+            return _as_payload(_dumps((int(RunForm.PLAIN), items), PROTOCOL))
+        pickled: list[tuple[bytes, int]] = []
+        buffers: list[Any] = []
+        for item in items:
+            try:
+                payload = self.dumps(item)
+            except Exception as error:
+                self._name_culprit(error, [(f"argument {index}", part) for index, part in enumerate(item)])
+                pickled.append((_dumps_exception(self, error, trace=""), -1))
+                continue
+            if isinstance(payload, Frames):
+                pickled.append((payload.buffers[0], len(payload.buffers) - 1))
+                buffers += payload.buffers[1:]
+            else:
+                pickled.append((payload, 0))
+        data = _dumps((int(RunForm.PICKLED), pickled), PROTOCOL)
+        return Frames([data, *buffers]) if buffers else _as_payload(data)
+
+    def dumps_function(self, function: Any) -> Payload:
+        """Return the payload of a callable; as `dumps`, and an error names it."""
+        try:
+            return self.dumps(function)
+        except Exception as error:
+            _add_note(error, f"while pickling the function {name_of(function)}")
+            raise
+
+    def finds_by_name(self, function: Any) -> bool:
+        """Tell whether a function or class is found by its module and qualified name, here and on the other side."""
+        module_name = getattr(function, "__module__", None)
+        module = sys.modules.get(module_name) if isinstance(module_name, str) else None
+        if module is None:
+            return False
+        if module_name == "__main__":
+            return self._main.holds(function)
+        return _descend(module, function.__qualname__.split(".")) is function
+
+    def _dumps(self, value: Any, keep_in_band: Callable[[Any], bool] | None, buffers: list[Any]) -> bytes:
+        try:
+            data = _dumps(value, PROTOCOL, buffer_callback=keep_in_band)
+            if b"__main__" not in data or self._main.holds_all():
+                return data
+            refused = None
+        except Exception as error:
+            refused = error
+        buffers.clear()
+        try:
+            if self._by_value_pickler is None:
+                self._by_value_pickler = _make_by_value_pickler(self._main)
+            with io.BytesIO() as file:
+                self._by_value_pickler(file, PROTOCOL, keep_in_band).dump(value)
+                return file.getvalue()
+        except ImportError:
+            raise refused or pickle.PicklingError("cloudpickle is not installed") from None
+        except Exception as error:
+            # cloudpickle refuses less: what it names is the real obstacle. C pickle may have stopped at a mere lambda.
+            raise error from None
+
+    def _place(self, buffer: pickle.PickleBuffer, buffers: list[Any]) -> bool:
+        """Put a large buffer out of band. Return False if it is to stand in the pickle."""
+        view = _large_view(buffer)
+        if view is None or len(buffers) >= _MAX_BUFFERS:
+            return False
+        buffers.append(bytes(view) if self._copy_buffers else view)
+        return True
+
+    def _name_culprit(self, error: Exception, parts: list[tuple[str, Any]]) -> None:
+        """Say in `error` which of the named parts does not pickle, and where in it."""
+        for name, part in parts:
+            if self._pickles(part):
+                continue
+            for _ in range(8):
+                inner = next(((step, child) for step, child in _children(part) if not self._pickles(child)), None)
+                if inner is None:
+                    break
+                name += inner[0]
+                part = inner[1]
+            _add_note(error, f"while pickling {name}, of type {type(part).__qualname__}")
+            return
+
+    def _pickles(self, value: Any) -> bool:
+        try:
+            self.dumps(value)
+        except Exception:
+            return False
+        return True
+
+
+class _LargeBufferFound(Exception):
+    """Ends an attempt to pickle everything in band."""
+
+
+def _refuse_large(buffer: pickle.PickleBuffer) -> bool:
+    if _large_view(buffer) is not None:
+        raise _LargeBufferFound
+    return True
+
+
+def _large_view(buffer: pickle.PickleBuffer) -> memoryview | None:
+    """Return the bytes of a buffer that is worth a frame of its own."""
+    try:
+        view = buffer.raw()
+    except BufferError:
+        return None  # not contiguous
+    return view if len(view) > INLINE_BYTES else None
+
+
+def _make_by_value_pickler(main: MainByBaseline) -> Any:
+    """Return cloudpickle's pickler, taught that some of `__main__` is found by name."""
+    import cloudpickle
+
+    class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__" and main.holds(value):
+                return NotImplemented
+            return super().reducer_override(value)
+
+    return ByValuePickler
+
+
+def _are_plain(values: list[Any]) -> bool:
+    types = set(map(type, values))
+    if tuple not in types:
+        return types <= PLAIN_TYPES
+    types.remove(tuple)
+    return types <= PLAIN_TYPES and all(PLAIN_TYPES.issuperset(map(type, v)) for v in values if type(v) is tuple)
+
+
+def _as_payload(data: bytes) -> Payload:
+    return Frames([data]) if len(data) > INLINE_BYTES else data
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    """Return what a value is made of, as (how to get there, part)."""
+    if isinstance(value, (list, tuple)):
+        return [(f"[{index}]", part) for index, part in enumerate(value)]
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", part) for key, part in value.items()]
+    if isinstance(value, (type, FunctionType)):
+        return []
+    return [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
+
+
+def name_of(function: Any) -> str:
+    return str(getattr(function, "__qualname__", None) or f"{type(function).__qualname__} object")
+
+
+def _add_note(error: Exception, note: str) -> None:
+    """Add to what is printed below the error; before Python 3.11, to its text."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    elif len(error.args) == 1 and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]} ({note})",)
+
+
+class RemoteTraceback(Exception):
+    """Shows the traceback that an exception had in its worker: it is the exception's `__cause__`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LoadFailed:
+    """Stands in a list of values for one that could not be unpickled."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def dumps_exception(pickler: CallPickler, error: BaseException) -> Payload:
+    """Return the payload of an exception and its traceback, tested to survive the way. Never raises.
+
+    An exception that does not come back as an exception is sent as type name, text and traceback, see `RemoteError`.
+    """
+    return _as_payload(_dumps_exception(pickler, error, trace=_format_traceback(error)))
+
+
+def _dumps_exception(pickler: CallPickler, error: BaseException, *, trace: str) -> bytes:
+    """Return the pickle of (pickle of the exception or None, traceback text, name of its type, its text)."""
+    kind = type(error)
+    type_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    pickled = None
+    text = "<its text could not be made>"
+    saved = error.__traceback__
+    try:
+        text = str(error)
+        error.__traceback__ = None
+        candidate = pickler.dumps_in_band(error)
+        if isinstance(_loads(candidate), BaseException):
+            pickled = candidate
+    except BaseException:
+        pass  # its own methods failed, and what they raised is of less use than the exception itself
+    finally:
+        error.__traceback__ = saved
+    return _dumps((pickled, trace, type_name, text), PROTOCOL)
+
+
+def _format_traceback(error: BaseException) -> str:
+    """Return what the interpreter would print, without our own frames at the top."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__:
+        trace = trace.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except BaseException:
+        return f"{type(error).__qualname__}: <its traceback could not be made>\n"
+
+
+def loads_exception(payload: Payload) -> BaseException:
+    """Return the exception of an ERROR payload, its remote traceback as cause."""
+    pickled, trace, type_name, text = loads_value(payload)
+    error: BaseException
+    try:
+        error = RemoteError(type_name, text, trace) if pickled is None else _loads(pickled)
+        if not isinstance(error, BaseException):
+            raise TypeError(f"unpickled to a {type(error).__qualname__}")
+    except Exception as failure:
+        error = RemoteError(type_name, f"{text} (it cannot be unpickled here: {failure!r})", trace)
+    if trace:
+        error.__cause__ = RemoteTraceback(f'\n"""\n{trace}"""')
+    return error
+
+
+def loads_value(payload: Payload) -> Any:
+    """Return the value of a payload; raises what its unpickling raises."""
+    if isinstance(payload, bytes):
+        return _loads(payload)
+    pickled, *buffers = payload.buffers
+    return _loads(pickled, buffers=buffers)
+
+
+def loads_values(payload: Payload, count: int) -> list[Any]:
+    """Return the values of `count` pickles that stand one behind the other; `LoadFailed` for each that does not
+    unpickle."""
+    values: list[Any] = []
+    if count == 1:
+        try:
+            values.append(loads_value(payload))
+        except Exception as error:
+            values.append(LoadFailed(error))
+        return values
+    if not isinstance(payload, bytes):
+        raise LocalProtocolError("several values in frames")
+    at = 0
+    append = values.append
+    for _ in range(count):
+        end = _pickle_end(payload, at)
+        try:
+            append(_loads(payload[at:end]))
+        except Exception as error:
+            append(LoadFailed(error))
+        at = end
+    if at != len(payload):
+        raise LocalProtocolError(f"{count} values take {at} of {len(payload)} bytes")
+    return values
+
+
+_FRAME = Struct("<Q")
+
+
+def _pickle_end(data: bytes, at: int) -> int:
+    """Return where the pickle of protocol 5 that begins at `at` ends.
+
+    The pickler puts everything behind PROTO into one frame, unless it is shorter than 4 bytes (then there is no frame)
+    or longer than 64 KB (such a result is sent in frames of its own and is never among several). Unframed are an
+    opcode and STOP, or two opcodes or an opcode with one byte of argument and STOP.
+    """
+    if data[at + 2] == 0x95:  # FRAME
+        return at + 11 + int(_FRAME.unpack_from(data, at + 3)[0])
+    if data[at + 3] == 0x2E and data[at + 2] != 0x4B:  # STOP, and not the argument of BININT1
+        return at + 4
+    return at + 5
+
+
+def load_call(payload: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return args and kwargs of a CallStyle.CALL."""
+    return loads_value(payload)  # type: ignore[no-any-return]
+
+
+def load_inline_call(payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return function, args and kwargs of a CallStyle.INLINE."""
+    return loads_value(payload)  # type: ignore[no-any-return]
+
+
+def load_run(payload: Payload) -> tuple[RunForm, list[Any]]:
+    """Return form and items of a CallStyle.MAP; those of RunForm.PICKLED are still to be loaded by `load_item`."""
+    if isinstance(payload, bytes):
+        form, items = _loads(payload)
+        return RunForm(form), items
+    pickled, *buffers = payload.buffers
+    form, items = _loads(pickled)
+    if form == RunForm.PICKLED:
+        waiting = iter(buffers)
+        items = [(data, [next(waiting) for _ in range(count)] if count > 0 else count) for data, count in items]
+    return RunForm(form), items
+
+
+def load_item(item: tuple[bytes, Any]) -> tuple[Any, ...]:
+    """Return the arguments of an item of RunForm.PICKLED, or raise why it could not be pickled."""
+    data, buffers = item
+    if buffers == -1:
+        raise loads_exception(data)
+    return _loads(data, buffers=buffers or ())  # type: ignore[no-any-return]
