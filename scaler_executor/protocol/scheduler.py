@@ -272,7 +272,7 @@ class SchedulerState:
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
         deadlines = [self._fences[0][0]] if self._fences else []
-        if len(self._agents) > 1:
+        if len(self._agents) > 1 and any(agent.held > agent.workers for agent in self._agents):
             deadlines += [a.idle_since + IDLE_BEFORE_RECALL_S for a in self._agents if a.idle_since is not None]
         return min(deadlines, default=None)
 
@@ -593,15 +593,17 @@ class SchedulerState:
         self._forget(task)
 
     def _split(self, task: Task, at: int) -> None:
-        self._check_split(task, at)
+        if not (task.start <= at < task.items) or not at:
+            raise RemoteProtocolError(f"split at item {at} of {task.start} to {task.items}")
         tail = self._split_off(task, at)
         tail.state, tail.agent = ASSIGNED, task.agent
         assert task.agent is not None
         task.agent.held += 1
+        if task.start == at:
+            self._forget(task)
 
     def _split_cancelled(self, task: Task, at: int) -> None:
         # The split and the cancel crossed: the agent took the cancel for the head alone.
-        self._check_split(task, at)
         self._split(task, at)
         self._pass_on(self._tasks[task.task_id + at], task.user_cancel_no, task.kind)
 
@@ -625,7 +627,6 @@ class SchedulerState:
         fenced.append(task)
 
     def _fence_due(self, task: Task) -> None:
-        task.state = QUEUED  # no agent has it any more, but `_retry_or_fail` decides whether it stays
         if task.user_cancel_no or task.client.gone:
             self._answer(task, task.user_cancel_no, CANCELED, proven=False)
             self._forget(task)
@@ -678,10 +679,6 @@ class SchedulerState:
         if client.gone:
             self._settle_leaving(client)
 
-    def _check_split(self, task: Task, at: int) -> None:
-        if not (task.start < at < task.items):
-            raise RemoteProtocolError(f"split at item {at} of {task.start} to {task.items}")
-
     def _split_off(self, task: Task, at: int) -> Task:
         """Make the items of `task` from `at` on a task of their own, held by nobody, of the same attempt."""
         tail = Task(
@@ -699,7 +696,6 @@ class SchedulerState:
         if task.start:
             # Its agent numbers the items of a task from its first one, so what is run again needs its own number.
             rest = self._split_off(task, task.start)
-            task.start = 0  # `_forget` wants nothing of it
             self._forget(task)
             task = rest
         if task.agent is not None:
@@ -820,13 +816,13 @@ class SchedulerState:
         crowded = [agent for agent in self._agents if agent.held > agent.workers]
         if not crowded:
             return
-        waiting = {agent: agent.held - agent.workers for agent in crowded}
+        waiting: dict[Agent | None, int] = {agent: agent.held - agent.workers for agent in crowded}
         for task in reversed(list(self._tasks.values())):
             if not idle:
                 return
-            agent = task.agent
-            if task.state == ASSIGNED and agent is not None and not task.recall_refused and waiting.get(agent, 0) > 0:
-                waiting[agent] -= 1
+            holder = task.agent
+            if task.state == ASSIGNED and holder in waiting and not task.recall_refused and waiting[holder] > 0:
+                waiting[holder] -= 1
                 idle -= 1
                 self._story.add(self._now, task.task_id, "recall", ASSIGNED, RECALLING)
                 task.state = RECALLING

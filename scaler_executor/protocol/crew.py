@@ -1,0 +1,194 @@
+"""What an agent keeps of its calls and workers, and how it shares the calls out.
+
+`agent` decides what events mean; this module holds the rows, and the policy of who is given how many calls at once. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Final, Literal
+
+from scaler_executor.protocol.functions import KnownFunctions
+from scaler_executor.protocol.messages import CancelKind, Function, WorkerCallRow
+from scaler_executor.protocol.page import RING_SLOTS
+
+CallState = Literal["QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING", "GONE"]
+WorkerState = Literal["FORKING", "STARTING", "READY", "LEAVING"]
+
+#: A worker is given calls in portions of so much expected work, and a further portion while it has no more than one. Together they are
+#: what a call waits at most behind short ones.
+PORTION_S: Final = 0.005
+#: A portion has no more calls than this, however short they are.
+PORTION_CALLS: Final = 400
+#: Numbers that a worker may be behind. Half the ring, so that a slot is never given twice.
+WINDOW: Final = RING_SLOTS - 100
+#: Share of a new measurement in the expected duration of a function's items.
+SMOOTHING: Final = 0.6
+
+
+class AgentFunction:
+    """A function, with what this agent has measured of it."""
+
+    __slots__ = ("function", "seconds")
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        #: Expected duration of one item; None: never measured.
+        self.seconds: float | None = None
+
+    def measured(self, seconds: float) -> None:
+        """Take in the mean duration of an item in one portion."""
+        known = self.seconds
+        self.seconds = seconds if known is None else known + SMOOTHING * (seconds - known)
+
+
+class Call:
+    """A task at this agent. The attributes with a class-level default are set on the way, if ever."""
+
+    state: CallState = "QUEUED"
+    #: The worker in whose hands it is, and its number there; None and 0 in QUEUED.
+    worker: Worker | None = None
+    seq: int = 0
+    #: Items answered, from the front.
+    start: int = 0
+    #: `start` at the time it was given to its worker, which numbers the items from there.
+    given_from: int = 0
+    #: How many outstanding items it had then.
+    given_items: int = 0
+    #: Newest cancel request of the scheduler; 0: none, or already answered.
+    cancel_no: int = 0
+    kind: CancelKind = CancelKind.RECALL
+    #: When a soft stop turns into a hard one; only in STOPPING_SOFT.
+    grace_due: float = 0.0
+
+    def __init__(
+        self, task_id: int, attempt: int, client_id: int, items: int, skip: int, function: AgentFunction, payload: Any
+    ) -> None:
+        self.task_id = task_id
+        self.attempt = attempt
+        self.client_id = client_id
+        self.items = items
+        self.skip = skip
+        self.function = function
+        self.payload = payload
+
+    @property
+    def open_items(self) -> int:
+        return self.items - self.start
+
+
+class Worker:
+    """A worker process, from the order to fork it until it is reaped."""
+
+    def __init__(self, worker_id: int, client_id: int) -> None:
+        self.worker_id = worker_id
+        #: The only client that it serves in its life.
+        self.client_id = client_id
+        self.state: WorkerState = "FORKING"
+        self.pid = 0
+        #: Calls in its hands in the order of their numbers; the first one is in progress or next.
+        self.held: deque[Call] = deque()
+        self.last_seq = 0
+        #: Highest number of which it has said anything.
+        self.heard_seq = 0
+        #: Ids of the functions that it has.
+        self.known: KnownFunctions[int] = KnownFunctions(256)
+        #: Items it was given in its life, for max_tasks_per_child.
+        self.items_given = 0
+        #: Portions under way: (function, calls, expected seconds), oldest first, and the sum of the latter.
+        self.portions: deque[tuple[AgentFunction, int, float]] = deque()
+        self.load_s = 0.0
+        #: Since when the oldest portion has been the oldest.
+        self.portion_since = 0.0
+        #: The calls that the freeze under way asks about; None: no freeze is under way.
+        self.freeze: list[Call] | None = None
+        #: The run whose items that freeze takes back, as far as it has not come to them; 0: none.
+        self.freeze_split = 0
+        #: Told to exit when it has nothing left to do.
+        self.retired = False
+
+
+class Crew:
+    """The workers of one agent and the calls that wait for one."""
+
+    def __init__(self, max_workers: int, max_items_per_worker: int | None) -> None:
+        self.max_workers = max_workers
+        self.max_items_per_worker = max_items_per_worker
+        #: {worker_id: Worker}, all that are not reaped.
+        self.workers: dict[int, Worker] = {}
+        #: READY workers with nothing in their hands, the one that has been so for the shortest time last.
+        self.idle: dict[int, Worker] = {}
+        #: Calls in QUEUED, next first, among entries that are not (any more).
+        self.queue: deque[Call] = deque()
+        #: Number of calls in QUEUED, and of their outstanding items.
+        self.queued = 0
+        self.queued_items = 0
+        #: Expected duration of a task as the scheduler hands them out; None: never measured.
+        self.task_seconds: float | None = None
+
+    def next_queued(self) -> Call | None:
+        """Return the call whose turn it is, without taking it."""
+        queue = self.queue
+        while queue:
+            if queue[0].state == "QUEUED":
+                return queue[0]
+            queue.popleft()
+        return None
+
+    def staff(self) -> int:
+        """Number of workers that can be counted on: not those that are leaving."""
+        return sum(1 for worker in self.workers.values() if worker.state != "LEAVING")
+
+    def room(self, worker: Worker) -> int:
+        """Return how many items `worker` may still be given in its life."""
+        return 1 << 40 if self.max_items_per_worker is None else self.max_items_per_worker - worker.items_given
+
+    def choose(self, call: Call) -> Worker | None:
+        """Return the worker that should have `call`: an idle one, or one that will soon be if the call is known to be short."""
+        for worker in reversed(self.idle.values()):
+            if worker.client_id == call.client_id:
+                return worker
+        seconds = call.function.seconds
+        if seconds is None or seconds > PORTION_S:
+            return None
+        best: Worker | None = None
+        for worker in self.workers.values():
+            if (
+                worker.state == "READY"
+                and not worker.retired
+                and worker.client_id == call.client_id
+                and worker.load_s <= PORTION_S
+                and worker.freeze is None
+                and worker.last_seq - worker.heard_seq < WINDOW - PORTION_CALLS
+                and worker.held
+                and worker.held[0].state == "HELD"
+                and len(worker.portions) < 2
+                and self.room(worker) > 0
+                and (best is None or worker.load_s < best.load_s)
+            ):
+                best = worker
+        return best
+
+    def portion_items(self, worker: Worker, function: AgentFunction) -> int:
+        """Return how many items of `function` make up the next portion of `worker`."""
+        seconds = function.seconds
+        if seconds is None:
+            return 1
+        fair = -(-self.queued_items // max(1, self.staff()))
+        return max(1, min(int(PORTION_S / max(seconds, 1e-7)), fair, self.room(worker)))
+
+    def measured_task(self, seconds: float) -> None:
+        """Take in the mean duration of the tasks in one portion."""
+        known = self.task_seconds
+        self.task_seconds = seconds if known is None else known + SMOOTHING * (seconds - known)
+
+    def task_capacity(self) -> int:
+        """Return how many tasks are enough to keep all workers busy between two words with the scheduler."""
+        seconds = self.task_seconds
+        depth = 2 if seconds is None else max(2, min(2000, int(0.02 / max(seconds, 1e-7))))
+        return self.max_workers * depth
+
+
+def row_of(call: Call) -> WorkerCallRow:
+    """Return the row that gives the outstanding items of `call` to its worker."""
+    return (call.seq, call.items - call.start, call.skip + call.start, call.function.function.function_id, call.payload)
