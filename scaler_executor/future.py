@@ -1,0 +1,613 @@
+"""ScalerFuture: a light `concurrent.futures.Future` whose `cancel()` is confirmed and always ends True.
+
+It knows one call's state and who waits for it. It does not know messages, sockets or threads: the client
+(`scaler_executor.runtime.client`) settles it and passes its requests on. This is the only file that touches the private
+names of `concurrent.futures.Future`, which `wait` and `as_completed` use on whatever future they are given.
+
+Light. A stock future makes ten objects for the garbage collector. This one makes its condition and its lists on first
+use, through descriptors without `__set__`: once the instance's dictionary has the name, they are out of the way.
+
+Settled without a lock. Nearly every future is settled before anybody looks, so settling an unwatched one must not need
+a lock, and settling a watched one must. One dictionary operation decides which it is, and it is atomic with and without
+a GIL: `setdefault("_state", ...)`. While nobody watches, `_state` is not in the dictionary (the class says PENDING).
+
+- Whoever wants to wait takes `_condition`, and making that puts PENDING there first. The settling thread then finds
+  PENDING instead of putting FINISHED, and goes through the condition: the watcher either sees the final state under the
+  lock or is told of it, never both and never neither. `as_completed` breaks on both.
+- If the settling thread was first, the watcher's `setdefault` changes nothing and the state it reads is final.
+
+So nothing is decided by "write mine, then read yours": there is no window to close. From then on every change of
+`_state` happens under the condition. It is one per future and not shared, since `wait` takes those of all its futures
+in the order of their ids, and two threads would take two shared ones in different orders.
+
+Read without a lock. A reader looks at the state, takes the values, and looks again. `cancel()` of a finished future
+writes the state first and then drops the values: if the state still says FINISHED, the values were there.
+
+Results stay pickled until somebody reads them, in the reader's thread, under a lock that neither the client's I/O
+thread nor `cancel()` ever takes: unpickling runs user code, which may do anything.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, InvalidStateError, TimeoutError
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, LOGGER, PENDING, RUNNING
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
+
+from scaler_executor.protocol.messages import CancelKind, Payload, ResultKind
+from scaler_executor.runtime.results import LOST, read_result
+
+T = TypeVar("T")
+
+_VALUE: Final = int(ResultKind.VALUE)
+_DONE: Final = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED})
+
+#: So long, in total, may cancels hold an event loop in one of its turns: less than a frame, more than most confirms
+#: take.
+LOOP_TURN_S: Final = 0.010
+
+
+class CancelOutcome(Enum):
+    """What became of a cancel request."""
+
+    CANCELED = "canceled"
+    """The call had not started, or its code has stopped."""
+    ALREADY_DONE = "already done"
+    """The future was finished when `cancel()` was called; its value has been dropped."""
+    NOT_FOUND = "not found"
+    """The scheduler does not know the call."""
+    FINISHED_FIRST = "finished first"
+    """The call finished, with a value or an error, before it could be stopped; the value has been dropped."""
+    FAILED = "failed"
+    """The call runs on and completes normally: it has started and `force` was False, or it cannot be stopped."""
+    UNCONFIRMED = "unconfirmed"
+    """The scheduler or the machine is out of reach: nobody can tell whether the code has stopped."""
+
+
+class DefaultTimeout(Enum):
+    """The type of `DEFAULT_TIMEOUT`."""
+
+    DEFAULT = "the executor's cancel_timeout"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+DEFAULT_TIMEOUT: Final = DefaultTimeout.DEFAULT
+
+
+class FutureOwner(Protocol):
+    """What a future needs of the client that settles it."""
+
+    cancel_timeout_s: float | None
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child."""
+
+    def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
+        """Pass cancel requests on, by task number. Never waits."""
+
+    def may_wait(self) -> bool:
+        """Tell whether this thread may wait for an answer: not the one that receives it, nor at interpreter exit."""
+
+    def call_back(self, future: ScalerFuture[Any]) -> None:
+        """Run the future's callbacks soon, in another thread."""
+
+
+class _Ask:
+    """An outstanding cancel request. All that wait for it share it, also when it is raised from soft to forced."""
+
+    __slots__ = ("answered", "kind", "passed_on")
+
+    def __init__(self, kind: CancelKind) -> None:
+        self.kind = kind
+        #: The strongest kind that the client has taken up; set by its I/O thread. While it is less than `kind` an
+        #: answer is one to an older request.
+        self.passed_on = CancelKind.RECALL
+        #: Set when the future is settled or the request refused. Not the future's condition: a stock `result(timeout)`
+        #: takes any wake-up without a result for its timeout.
+        self.answered = threading.Event()
+
+
+class _LazyCondition:
+    """Makes a future's condition, and with it makes the future watched."""
+
+    def __get__(self, future: ScalerFuture[Any] | None, kind: Any = None) -> Any:
+        if future is None:
+            return self
+        fields = future.__dict__
+        fields.setdefault("_state", PENDING)
+        return fields.setdefault("_condition", threading.Condition())
+
+
+class _LazyList:
+    """Makes a future's list. Whoever uses one holds the condition."""
+
+    def __set_name__(self, kind: Any, name: str) -> None:
+        self._name = name
+
+    def __get__(self, future: ScalerFuture[Any] | None, kind: Any = None) -> Any:
+        return self if future is None else future.__dict__.setdefault(self._name, [])
+
+
+class _LazyOutcome:
+    """Unpickles a future's outcome."""
+
+    def __set_name__(self, kind: Any, name: str) -> None:
+        self._name = name
+
+    def __get__(self, future: ScalerFuture[Any] | None, kind: Any = None) -> Any:
+        if future is None:
+            return self
+        future._unpickle()
+        return future.__dict__.get(self._name)
+
+
+class ScalerFuture(Future[T]):
+    """The result of a call made by `ScalerExecutor.submit`.
+
+    As `concurrent.futures.Future`, except for `cancel` and `cancel_outcome`. Done-callbacks run in a thread of the
+    executor that does nothing else, so they may block, take locks, submit and cancel. All methods are thread-safe.
+    """
+
+    # Set once, when the future is made for a call, except the last two: they are set before `_state` becomes FINISHED.
+    __slots__ = ("_call_name", "_owner", "_payload", "_result_kind", "_task_no")
+
+    if TYPE_CHECKING:
+        _call_name: str
+        _owner: FutureOwner
+        _payload: Payload | str | None
+        _result_kind: int
+        _task_no: int
+        _done_callbacks: list[Callable[[Future[T]], object]]
+    else:
+        __init__ = object.__init__
+        _condition = _LazyCondition()
+        _waiters = _LazyList()
+        _done_callbacks = _LazyList()
+        _result = _LazyOutcome()
+        _exception = _LazyOutcome()
+
+    _state = PENDING
+    #: The outstanding cancel request. Changed under the condition.
+    _ask: _Ask | None = None
+    #: The answer to the last cancel request. Changed under the condition.
+    _cancel_outcome: CancelOutcome | None = None
+
+    # For whoever holds the future
+
+    def cancel(self, timeout: float | DefaultTimeout | None = DEFAULT_TIMEOUT, *, force: bool = True) -> bool:
+        """Cancel the call: take it back if it has not started, stop its code if it has, and wait until that is
+        confirmed.
+
+        As `Future.cancel`, except that it also cancels what is running or finished, that it waits for the confirmation,
+        and that it always returns True. What became of the request is in `cancelled()` and, exactly, in
+        `cancel_outcome`: a call that cannot be stopped runs on and completes normally. Once asked for, a cancel also
+        takes the value of a call that was quicker.
+
+        It does not wait in the executor's own threads nor at the interpreter's exit, and it holds a running event loop
+        for at most 10 ms a turn, unless a timeout is given. The confirmation then settles the future later.
+
+        Args:
+            timeout: Seconds to wait for the confirmation, None for no limit; without it the executor's
+            `cancel_timeout`.
+                The request stays, whether confirmed in time or not.
+            force: Stop running code. If False, only take back a call that has not started.
+
+        Raises:
+            RuntimeError: This process is a fork of the one that submitted the call.
+        """
+        return cancel_all([self], timeout, force=force)
+
+    @property
+    def cancel_outcome(self) -> CancelOutcome | None:
+        """What became of the last cancel request, None while there was none or no answer has come."""
+        return self._cancel_outcome
+
+    def cancelled(self) -> bool:
+        """As `Future.cancelled`."""
+        return self._state in (CANCELLED_AND_NOTIFIED, CANCELLED)
+
+    def running(self) -> bool:
+        """As `Future.running`. A call shows as running once it has run for some milliseconds."""
+        return self._state == RUNNING
+
+    def done(self) -> bool:
+        """As `Future.done`."""
+        return self._state in _DONE
+
+    def result(self, timeout: float | None = None) -> T:
+        """As `Future.result`. The value is unpickled at the first call, in the caller's thread."""
+        try:
+            exception, value = self._read(timeout)
+            if exception is None:
+                return value  # type: ignore[no-any-return]
+            raise exception
+        finally:
+            # The exception's traceback holds this frame: without this the two would hold each other.
+            del self
+            exception = None
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `Future.exception`."""
+        return self._read(timeout)[0]
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """As `Future.add_done_callback`, except that `fn` runs in the executor's callback thread."""
+        if _is_asyncio_chain(fn):
+            fn = partial(_call_with_snapshot, fn)
+        if self._state not in _DONE:
+            with self._condition:
+                if self._state not in _DONE:
+                    self._done_callbacks.append(fn)
+                    return
+        try:
+            fn(self)
+        except Exception:
+            LOGGER.exception("exception calling callback for %r", self)
+
+    def __repr__(self) -> str:
+        state = self._state
+        what = state.partition("_")[0].lower()
+        if state == FINISHED:
+            try:
+                exception, value = self._read(0)
+            except CancelledError:
+                what = "cancelled"
+            else:
+                verb, kind = ("returned", type(value)) if exception is None else ("raised", type(exception))
+                what += f" {verb} {kind.__name__}"
+        return f"<{type(self).__name__} at {id(self):#x} state={what}>"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")
+
+    # For the client
+
+    def set_result_ready(self, kind: int, payload: Payload | str) -> None:
+        """Finish the call with a result that nobody has unpickled yet; if a cancel was asked for, drop it instead.
+
+        Args:
+            kind: A ResultKind, or LOST.
+            payload: What that kind says; for LOST the reason.
+        """
+        self._result_kind = kind
+        self._payload = payload
+        if self.__dict__.setdefault("_state", FINISHED) != FINISHED:
+            self._settle(FINISHED)
+
+    def set_cancel_confirmed(self, outcome: CancelOutcome) -> None:
+        """Take the answer to the outstanding cancel request."""
+        if outcome is not CancelOutcome.FAILED:
+            self._settle(CANCELLED_AND_NOTIFIED, outcome)
+            return
+        with self._condition:
+            ask = self._ask
+            if ask is None or ask.passed_on < ask.kind:
+                return  # a stronger request is on its way: its answer counts
+            self._ask = None
+            self._cancel_outcome = outcome
+        ask.answered.set()
+
+    def set_cancel_passed_on(self, kind: CancelKind) -> None:
+        """Note that a cancel request has been taken up: answers from here on are answers to it."""
+        ask = self._ask
+        if ask is not None and ask.passed_on < kind:
+            ask.passed_on = kind
+
+    def set_running(self) -> None:
+        """Note that the call runs. May come late: a done future stays as it is."""
+        if self.__dict__.setdefault("_state", RUNNING) == PENDING:
+            with self._condition:
+                if self._state == PENDING:
+                    self._state = RUNNING
+
+    def set_result(self, result: T) -> None:
+        """As `Future.set_result`."""
+        self._settle(FINISHED, outcome=(None, result))
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """As `Future.set_exception`."""
+        self._settle(FINISHED, outcome=(exception, None))
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """As `Future.set_running_or_notify_cancel`, except that for a cancelled future it may be called again."""
+        return not self.cancelled() and super().set_running_or_notify_cancel()
+
+    def invoke_callbacks(self) -> None:
+        """Call the done-callbacks, in order, and forget them."""
+        for callback in self.__dict__.pop("_done_callbacks", ()):
+            try:
+                callback(self)
+            except BaseException:  # user code: whatever it raises must not end the thread that calls everybody's
+                LOGGER.exception("exception calling callback for %r", self)
+
+    # Settling
+
+    def _settle(
+        self,
+        state: str,
+        cause: CancelOutcome | None = None,
+        *,
+        outcome: tuple[BaseException | None, Any] | None = None,
+    ) -> None:
+        """Make the future done and tell whoever waits. A cancel that was asked for wins over a result."""
+        fields = self.__dict__
+        with self._condition:
+            before = self._state
+            if before not in _DONE:
+                ask, self._ask = self._ask, None
+                is_lost = outcome is None and state == FINISHED and self._result_kind == LOST
+                if ask is not None and cause is None:
+                    state = CANCELLED_AND_NOTIFIED
+                    cause = CancelOutcome.UNCONFIRMED if is_lost else CancelOutcome.FINISHED_FIRST
+                if cause is not None:
+                    self._cancel_outcome = cause
+                    self._drop_values()
+                elif outcome is not None:
+                    fields["_exception"], fields["_result"] = outcome
+                self._state = state
+                self._tell_waiters(fields.get("_waiters", ()))
+                self._condition.notify_all()
+                has_callbacks = bool(fields.get("_done_callbacks"))
+        if before in _DONE:
+            raise InvalidStateError(f"{before}: {self!r}")
+        if ask is not None:
+            ask.answered.set()
+        if has_callbacks:
+            owner = self._get_owner()
+            if owner is None:
+                self.invoke_callbacks()
+            else:
+                owner.call_back(self)
+
+    def _tell_waiters(self, waiters: Iterable[Any]) -> None:
+        for waiter in waiters:
+            if self._state != FINISHED:
+                waiter.add_cancelled(self)
+            elif self._is_failure():
+                waiter.add_exception(self)
+            else:
+                waiter.add_result(self)
+
+    def _is_failure(self) -> bool:
+        """Tell whether the outcome is an exception, as far as that is known without unpickling it."""
+        fields = self.__dict__
+        if "_result" in fields:
+            return fields["_exception"] is not None
+        return self._result_kind != _VALUE
+
+    def _drop_values(self) -> None:
+        self._payload = None
+        self.__dict__.update(_exception=None, _result=None)
+
+    def _get_owner(self) -> FutureOwner | None:
+        return getattr(self, "_owner", None)
+
+    # Reading
+
+    def _read(self, timeout: float | None) -> tuple[BaseException | None, Any]:
+        """Wait and return (exception, value). Raise CancelledError or TimeoutError."""
+        while True:
+            if self._state != FINISHED:
+                self._wait_until_finished(timeout)
+            fields = self.__dict__
+            if "_result" not in fields:
+                self._unpickle()
+            outcome = fields.get("_exception"), fields.get("_result")
+            if self._state == FINISHED:
+                return outcome
+
+    def _wait_until_finished(self, timeout: float | None) -> None:
+        with self._condition:
+            if self._state not in _DONE:
+                self._condition.wait(timeout)
+            state = self._state
+        if state not in _DONE:
+            raise TimeoutError()
+        if state != FINISHED:
+            raise CancelledError()
+
+    def _unpickle(self) -> None:
+        """Unpickle the result, once, if there is one. A KeyboardInterrupt leaves it as it was."""
+        fields = self.__dict__
+        with fields.setdefault("_unpickling", threading.RLock()):
+            if "_result" not in fields:
+                payload = getattr(self, "_payload", None)
+                # Looked at after the payload: a cancel changes the state first and then drops the payload.
+                if self._state != FINISHED:
+                    return
+                assert payload is not None
+                outcome = read_result(self._result_kind, payload, self._call_name)
+                fields["_exception"], fields["_result"] = outcome
+                self._payload = None
+                if self._state != FINISHED:
+                    self._drop_values()  # cancelled meanwhile: whoever drops last leaves nothing
+        # Whoever still holds the lock will find the result; whoever makes a new one as well.
+        fields.pop("_unpickling", None)
+
+    def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
+        """As the standard library's: done, cancelled, result and exception at one moment. Newer asyncio asks for it."""
+        if self._state not in _DONE:
+            return False, False, None, None
+        try:
+            exception, value = self._read(0)
+        except CancelledError:
+            return True, True, None, None
+        return True, False, value, exception
+
+    # Cancelling
+
+    def _begin_cancel(self, kind: CancelKind) -> _Ask | None:
+        """Register a cancel request. Return it, or None if the future is cancelled already."""
+        owner = self._get_owner()
+        if owner is not None and self._state not in _DONE:
+            owner.check_process()
+        with self._condition:
+            if self._state == FINISHED:
+                # Whoever waited has been told that it is done, so nobody is told again.
+                self._cancel_outcome = CancelOutcome.ALREADY_DONE
+                self._state = CANCELLED_AND_NOTIFIED
+                self._drop_values()
+                return None
+            if self._state in _DONE:
+                return None
+            if owner is not None:
+                if self._ask is None:
+                    self._ask = _Ask(kind)
+                    self._cancel_outcome = None
+                elif self._ask.kind < kind:
+                    self._ask.kind = kind
+                return self._ask
+        self._settle(CANCELLED_AND_NOTIFIED, CancelOutcome.CANCELED)
+        return None
+
+    def _is_held_by_this_thread(self) -> bool:
+        """Tell whether this thread is inside a method of this future: a signal handler or finalizer runs in one."""
+        return self._condition._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+
+def make_future(owner: FutureOwner, task_no: int, call_name: str) -> ScalerFuture[Any]:
+    """Return the future of a call. `call_name` is for error messages."""
+    future: ScalerFuture[Any] = ScalerFuture()
+    future._owner = owner
+    future._task_no = task_no
+    future._call_name = call_name
+    return future
+
+
+def cancel_all(futures: Iterable[Future[Any]], timeout: float | DefaultTimeout | None, *, force: bool) -> bool:
+    """Cancel each as `ScalerFuture.cancel` does, with one message and one wait per executor. Return True."""
+    kind = CancelKind.FORCED if force else CancelKind.SOFT
+    asks: list[_Ask] = []
+    requests: dict[FutureOwner, list[tuple[int, CancelKind]]] = {}
+    may_wait = True
+    for future in futures:
+        if not isinstance(future, ScalerFuture):
+            future.cancel()
+            continue
+        ask = future._begin_cancel(kind)
+        if ask is not None:
+            asks.append(ask)
+            cancels = requests.setdefault(future._owner, [])
+            # Also if another thread has asked for the same and not come this far: it may have been interrupted.
+            if ask.passed_on < kind:
+                cancels.append((future._task_no, kind))
+            may_wait = may_wait and not future._is_held_by_this_thread()
+    for owner, cancels in requests.items():
+        if cancels:
+            owner.ask_cancel(cancels)
+    if asks and may_wait and all(owner.may_wait() for owner in requests):
+        limits = [owner.cancel_timeout_s for owner in requests]
+        _wait_for_answers(asks, timeout, min((limit for limit in limits if limit is not None), default=None))
+    return True
+
+
+def _wait_for_answers(asks: list[_Ask], timeout: float | DefaultTimeout | None, default: float | None) -> None:
+    turn = None
+    if timeout is DEFAULT_TIMEOUT:
+        timeout = default
+        turn = _LoopTurn.current()
+        if turn is not None:
+            timeout = turn.left_s if timeout is None else min(turn.left_s, timeout)
+    assert not isinstance(timeout, DefaultTimeout)
+    start = time.monotonic()
+    try:
+        for ask in asks:
+            left = None if timeout is None else timeout - (time.monotonic() - start)
+            if left is not None and left <= 0:
+                return
+            ask.answered.wait(left)
+    finally:
+        if turn is not None:
+            turn.left_s -= time.monotonic() - start
+
+
+class _LoopTurn:
+    """How much longer cancels may hold an event loop in this turn of it."""
+
+    _local = threading.local()
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = weakref.ref(loop)
+        self.left_s = LOOP_TURN_S
+
+    @classmethod
+    def current(cls) -> _LoopTurn | None:
+        """Return this thread's turn, None if no event loop runs here."""
+        events = sys.modules.get("asyncio.events")  # no asyncio, no loop
+        loop = None if events is None else events._get_running_loop()
+        if loop is None:
+            return None
+        turn: _LoopTurn | None = getattr(cls._local, "turn", None)
+        if turn is None or turn._loop() is not loop:
+            turn = cls._local.turn = cls(loop)
+            loop.call_soon(cls._end)
+        return turn
+
+    @classmethod
+    def _end(cls) -> None:
+        cls._local.turn = None
+
+
+# asyncio
+
+
+def _is_asyncio_chain(fn: Any) -> bool:
+    """Tell whether this is the callback by which `asyncio.wrap_future` copies the state."""
+    return (
+        getattr(fn, "__qualname__", None) == "_chain_future.<locals>._call_set_state"
+        and fn.__module__ == "asyncio.futures"
+    )
+
+
+def _call_with_snapshot(fn: Callable[[Future[Any]], object], future: ScalerFuture[Any]) -> object:
+    return fn(_Snapshot(future))
+
+
+class _Snapshot(Future[Any]):
+    """A done future as asyncio is shown it: its answers fit each other, whatever is cancelled meanwhile.
+
+    asyncio asks `cancelled()`, `exception()` and `result()` in turn, in the loop's thread. Were the future cancelled in
+    between, `result()` would raise inside the loop and the awaiting coroutine would wait for ever. The first question
+    freezes the answers; it is then that the result is unpickled.
+    """
+
+    def __init__(self, future: ScalerFuture[Any]) -> None:
+        super().__init__()
+        self._future = future
+
+    def _freeze(self) -> None:
+        with self._condition:
+            if self._state != PENDING:
+                return
+            _, is_cancelled, self._result, self._exception = self._future._get_snapshot()
+            self._state = CANCELLED_AND_NOTIFIED if is_cancelled else FINISHED
+
+    def cancel(self, timeout: float | DefaultTimeout | None = DEFAULT_TIMEOUT, *, force: bool = True) -> bool:
+        return self._future.cancel(timeout, force=force)
+
+    def done(self) -> bool:
+        return True
+
+    def cancelled(self) -> bool:
+        self._freeze()
+        return super().cancelled()
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._freeze()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._freeze()
+        return super().exception(timeout)
+
+    def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
+        self._freeze()
+        return True, self.cancelled(), self._result, self._exception
