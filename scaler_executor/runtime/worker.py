@@ -1,0 +1,484 @@
+"""A worker: reads calls from its socket, makes them in its main thread, writes each result into its pipe.
+
+This module knows the page, the records and how a call is made. It does not know who waits for the result. It runs in a
+child of the forker and never returns.
+
+Order is everything here. A call is claimed in the page before the worker looks whether it is still allowed, and its
+result is in the pipe before the page says that it is done (see `protocol.page`). A call may be interrupted only while
+the worker is *armed*: from before the claim until the user's function has returned. What interrupts it later finds
+nothing armed and has no effect, for the result is on its way.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from scaler_executor.errors import TaskInterrupted
+from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
+from scaler_executor.protocol.messages import CallStyle, Frames, Function, Payload, WorkerRun
+from scaler_executor.protocol.page import (
+    CURRENT,
+    DONE,
+    HEADER_WORDS,
+    INTERRUPT,
+    ITEM,
+    RANG,
+    RECORD,
+    RECORD_BATCH_END,
+    RECORD_ERROR,
+    RECORD_READY,
+    RECORD_SKIPPED,
+    RECORD_START_FAILED,
+    RECORD_UNWOUND,
+    RECORD_VALUE,
+    RING_SLOTS,
+    STOP,
+)
+from scaler_executor.runtime.calls import (
+    PLAIN_TYPES,
+    CallPickler,
+    RunForm,
+    dumps_exception,
+    load_inline_call,
+    load_item,
+    load_run,
+    loads_value,
+)
+from scaler_executor.runtime.platform import Bell
+from scaler_executor.runtime.transport import StreamReader
+
+#: The bell rings for results that are older than this, though the calls behind them are not over.
+RING_INTERVAL_S: Final = 0.005
+#: More of an initializer's traceback than this helps nobody.
+MAX_START_ERROR_BYTES: Final = 1 << 15
+
+_dumps = pickle.dumps
+_loads = pickle.loads
+_pack = RECORD.pack
+
+
+@dataclass
+class WorkerConfig:
+    """What is the same for all workers of a forker."""
+
+    #: Run before the first call, with `initargs`.
+    initializer: Callable[..., Any] | None = None
+    initargs: tuple[Any, ...] = ()
+    #: Pickle of (initializer, initargs), loaded in each worker; used instead of the two above when given.
+    initializer_pickle: bytes | None = None
+    #: See `calls.MainByBaseline`; None unless the workers are forks of the user's process.
+    baseline: dict[str, Any] | None = None
+    #: Set in each worker; None where they are inherited.
+    sys_path: list[str] | None = None
+    cwd: str | None = None
+    argv: list[str] | None = None
+    #: What `ps` shows; at most 15 bytes count.
+    name: str = "scaler-worker"
+
+
+def worker_main(
+    call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
+) -> NoReturn:
+    """Run calls until the socket ends. The process is over then."""
+    worker = Worker(call_socket, pipe_fd, page, bell, config)
+    worker.start()
+    worker.run()
+
+
+class Worker:
+    """The state of the process. Everything but the signal handler runs in the order in which it is written."""
+
+    def __init__(
+        self, call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
+    ) -> None:
+        self._socket = call_socket
+        self._pipe_fd = pipe_fd
+        self._page = page
+        self._bell = bell
+        self._config = config
+        self._pickler = CallPickler(config.baseline, copy_buffers=False)
+        #: The call that may be interrupted now, or 0. Cleared by the handler when it raises, so that it raises once.
+        self._armed = 0
+        #: Set by the handler: the worker ends after this call.
+        self._was_interrupted = False
+        #: A call forked and this is the child: it ends instead of returning into the loop.
+        self._is_fork = False
+        #: Functions as they arrived, by id; unpickled when first called, as part of that call.
+        self._functions: dict[int, Function] = {}
+        #: Functions that have been unpickled, by id.
+        self._loaded: dict[int, Any] = {}
+        #: Ids of those whose payloads are runs.
+        self._map_ids: set[int] = set()
+        #: Of the message being served: when it began, the items run so far, whether its BATCH_END is written.
+        self._began_at = 0.0
+        self._items_run = 0
+        self._batch_ended = False
+        #: When results were last announced, or work began after a pause.
+        self._rang_at = 0.0
+
+    def start(self) -> None:
+        """Become a process fit for user code and run the initializer."""
+        config = self._config
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        os.register_at_fork(after_in_child=self._after_fork)
+        os.set_blocking(self._pipe_fd, False)
+        self._socket.setblocking(True)
+        try:
+            _take_over_process(config)
+            if config.initializer_pickle is not None:
+                config.initializer, config.initargs = _loads(config.initializer_pickle)
+            if config.initializer is not None:
+                config.initializer(*config.initargs)
+        except BaseException as error:
+            self._exit_if_fork(error)
+            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
+            self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
+            self._ring()
+            _flush_streams()
+            os._exit(1)
+        self._exit_if_fork(None)
+        _flush_streams()
+        self._write(_pack(0, 0, 0, 0, RECORD_READY))
+        self._ring()
+
+    def run(self) -> NoReturn:
+        """Serve messages until the socket ends or a call was interrupted."""
+        reader = StreamReader(self._socket)
+        decode = Decoder[WorkerRun](WorkerRun).decode
+        on_interrupt = self._on_interrupt
+        while not reader.eof:
+            packets = reader.read()
+            while packets:
+                self._serve(decode(*packets.pop(0)))  # no name here keeps a message alive while the next is awaited
+                self._ring()
+                if self._was_interrupted:
+                    _exit()
+                if signal.getsignal(signal.SIGINT) != on_interrupt:
+                    signal.signal(signal.SIGINT, on_interrupt)  # a call installed its own
+        _exit()
+
+    def _serve(self, message: WorkerRun) -> None:
+        """Make the calls of one message."""
+        self._began_at = self._rang_at = perf_counter()
+        self._items_run = 0
+        self._batch_ended = False
+        map_ids = self._map_ids
+        for function in message.functions:
+            self._functions[function.function_id] = function
+            if function.style == CallStyle.MAP:
+                map_ids.add(function.function_id)
+        left = len(message.calls)
+        for seq, items, skip, function_id, payload in message.calls:
+            left -= 1
+            if function_id in map_ids or items > 1:
+                self._make_run(seq, items, skip, function_id, payload, not left)  # type: ignore[arg-type]
+            else:
+                self._make_call(seq, function_id, payload, not left)  # type: ignore[arg-type]
+            if self._was_interrupted:
+                return
+        if not self._batch_ended:
+            self._write(self._batch_end())
+        for function_id in message.forget:
+            self._functions.pop(function_id, None)
+            self._loaded.pop(function_id, None)
+            map_ids.discard(function_id)
+
+    def _make_call(self, seq: int, function_id: int, payload: Payload, is_last: bool) -> None:
+        """Make one call, from its claim to DONE."""
+        page = self._page
+        kind = RECORD_VALUE
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            try:
+                self._armed = seq
+                page[CURRENT] = seq
+                if page[HEADER_WORDS + seq % RING_SLOTS] != seq:
+                    kind = RECORD_SKIPPED
+                elif function_id:
+                    function = self._loaded.get(function_id)
+                    if function is None:
+                        function = self._load_function(function_id)
+                    args, kwargs = _loads(payload) if type(payload) is bytes else loads_value(payload)
+                    value = function(*args, **kwargs)
+                else:
+                    function, args, kwargs = load_inline_call(payload)
+                    value = function(*args, **kwargs)
+                self._armed = 0
+            except BaseException as raised:
+                self._armed = 0
+                error = raised
+        except TaskInterrupted as raised:
+            error = raised  # it came between the end of the call and the disarming
+        self._report(seq, 0, kind, value, error, is_last)
+        error = None  # its traceback refers to this frame
+        page[DONE] = seq
+
+    def _make_run(self, seq: int, items: int, skip: int, function_id: int, payload: Payload, is_last: bool) -> None:
+        """Make the calls of a run, from its claim to DONE."""
+        page = self._page
+        page[ITEM] = 0
+        page[STOP] = items
+        function, form, arguments = self._open_run(seq, function_id, payload, skip + items)
+        if function is None:
+            if not self._was_interrupted:
+                self._report(seq, 0, RECORD_SKIPPED, None, None, is_last)
+            page[DONE] = seq
+            return
+        for item in range(items):
+            value: Any = None
+            error: BaseException | None = None
+            try:
+                try:
+                    self._armed = seq
+                    page[ITEM] = item
+                    if item >= page[STOP]:
+                        self._armed = 0
+                        break
+                    if page[INTERRUPT] == seq:
+                        # The signal came between two items and found nothing armed.
+                        self._was_interrupted = True
+                        raise TaskInterrupted
+                    if form == RunForm.PLAIN_SINGLE:
+                        value = function(arguments[skip + item])
+                    elif form == RunForm.PLAIN:
+                        value = function(*arguments[skip + item])
+                    else:
+                        value = function(*load_item(arguments[skip + item]))
+                    self._armed = 0
+                except BaseException as raised:
+                    self._armed = 0
+                    error = raised
+            except TaskInterrupted as raised:
+                error = raised
+            self._report(seq, item, RECORD_VALUE, value, error, is_last and item + 1 >= page[STOP])
+            if self._was_interrupted:
+                if error is None and item + 1 < page[STOP]:
+                    # The item swallowed the interrupt and has its value; the run ends here all the same.
+                    self._write(_pack(0, seq, item + 1, 0, RECORD_UNWOUND))
+                break
+            error = None
+        error = None
+        page[DONE] = seq
+        page[ITEM] = 0  # a single call has no items: what the page says of it must not be what it said of the run
+
+    def _open_run(self, seq: int, function_id: int, payload: Payload, count: int) -> tuple[Any, int, list[Any]]:
+        """Claim a run, look, and unpickle it. Return (None, 0, []) if it is not to be made."""
+        page = self._page
+        error: BaseException | None = None
+        try:
+            try:
+                self._armed = seq
+                page[CURRENT] = seq
+                if page[HEADER_WORDS + seq % RING_SLOTS] != seq:
+                    self._armed = 0
+                    return None, 0, []
+                function = self._loaded.get(function_id)
+                if function is None:
+                    function = self._load_function(function_id)
+                form, arguments = load_run(payload)
+                self._armed = 0
+                return function, form, arguments
+            except BaseException as raised:
+                self._armed = 0
+                error = raised
+        except TaskInterrupted as raised:
+            error = raised
+        self._exit_if_fork(error)
+        if self._was_interrupted:
+            self._write(_pack(0, seq, 0, 0, RECORD_UNWOUND))
+            return None, 0, []
+
+        trace = error.__traceback__
+
+        def fail(argument: None) -> None:
+            raise error.with_traceback(trace)
+
+        return fail, RunForm.PLAIN_SINGLE, [None] * count
+
+    def _load_function(self, function_id: int) -> Any:
+        function = self._functions.get(function_id)
+        if function is None:
+            raise RuntimeError(f"function {function_id} was not sent to this worker")
+        loaded = self._loaded[function_id] = loads_value(function.blob)  # type: ignore[arg-type]
+        return loaded
+
+    def _report(
+        self, seq: int, item: int, kind: int, value: Any, error: BaseException | None, ends_batch: bool
+    ) -> None:
+        """Write what became of a call or an item."""
+        if self._is_fork:
+            self._exit_if_fork(error)
+        self._items_run += kind != RECORD_SKIPPED
+        body: Payload = b""
+        if error is not None:
+            if self._was_interrupted:
+                kind = RECORD_UNWOUND
+            else:
+                kind = RECORD_ERROR
+                body = dumps_exception(self._pickler, error)
+        elif type(value) in PLAIN_TYPES:
+            if kind == RECORD_VALUE:
+                body = _dumps(value, 5)
+                if len(body) > INLINE_BYTES:
+                    body = Frames([body])
+        else:
+            try:
+                body = self._pickler.dumps(value)
+            except BaseException as refused:
+                kind = RECORD_ERROR
+                body = dumps_exception(self._pickler, refused)
+        _flush_streams()
+        if type(body) is bytes:
+            record = _pack(len(body), seq, item, 0, kind) + body
+            if ends_batch:
+                record += self._batch_end()
+            self._write(record)
+        else:
+            self._write_frames(seq, item, kind, body, ends_batch)  # type: ignore[arg-type]
+        if perf_counter() - self._rang_at > RING_INTERVAL_S:
+            self._ring()
+
+    def _batch_end(self) -> bytes:
+        self._batch_ended = True
+        return _pack(0, int((perf_counter() - self._began_at) * 1e9), self._items_run, 0, RECORD_BATCH_END)
+
+    def _write_frames(self, seq: int, item: int, kind: int, body: Frames, ends_batch: bool) -> None:
+        lengths = b"".join([FRAME_LENGTH.pack(len(buffer)) for buffer in body.buffers])
+        self._write(_pack(len(lengths) + len(body), seq, item, len(body.buffers), kind) + lengths)
+        for buffer in body.buffers:
+            self._write(buffer)
+        if ends_batch:
+            self._write(self._batch_end())
+
+    def _write(self, data: Any) -> None:
+        """Write into the pipe. Where it is full, wake the agent and wait."""
+        try:
+            written = os.write(self._pipe_fd, data)
+        except BlockingIOError:
+            written = 0
+        except BrokenPipeError:
+            _exit()  # nobody is left to tell
+        if written == len(data):
+            return
+        rest = memoryview(data)[written:]
+        self._ring()
+        poller = select.poll()
+        poller.register(self._pipe_fd, select.POLLOUT)
+        while rest:
+            poller.poll()
+            try:
+                rest = rest[os.write(self._pipe_fd, rest) :]
+            except BlockingIOError:
+                pass
+            except BrokenPipeError:
+                _exit()
+
+    def _ring(self) -> None:
+        self._page[RANG] = 1
+        self._bell.ring()
+        self._rang_at = perf_counter()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGINT: raise in the call that is meant, and only there.
+
+        The forker writes the call's number before it signals. Another number than the armed one: the signal is late. No
+        number at all: the user's own code signalled itself.
+        """
+        armed = self._armed
+        if not armed:
+            return
+        target = self._page[INTERRUPT]
+        if target == armed:
+            self._armed = 0
+            self._was_interrupted = True
+            raise TaskInterrupted
+        if not target:
+            raise KeyboardInterrupt
+
+    def _after_fork(self) -> None:
+        """In a child that a call forked: let go of everything that is the worker's."""
+        if self._is_fork:
+            return  # a fork of the fork: the numbers below may be its own by now
+        self._is_fork = True
+        self._armed = 0
+        try:
+            self._socket.close()
+            os.close(self._pipe_fd)
+        except OSError:
+            pass
+        if signal.getsignal(signal.SIGINT) == self._on_interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _exit_if_fork(self, error: BaseException | None) -> None:
+        """End a child that a call forked and that has come back from it: there is one worker here, and it is the
+        parent."""
+        if not self._is_fork:
+            return
+        code = 0
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            traceback.print_exception(type(error), error, error.__traceback__)
+            code = 1
+        _flush_streams()
+        os._exit(code & 0xFF)
+
+
+def _flush_streams() -> None:
+    """Let what was printed appear now. 0.1 us each where nothing was."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:
+        pass  # replaced, closed or full: none of that is the call's result
+
+
+def _exit() -> NoReturn:
+    """End as a child of multiprocessing ends: its finalizers run, those of the interpreter do not."""
+    try:
+        util: Any = sys.modules.get("multiprocessing.util")
+        if util is not None:
+            util._exit_function()
+        _flush_streams()
+    finally:
+        os._exit(0)
+
+
+def _take_over_process(config: WorkerConfig) -> None:
+    """Make what was inherited this process's own."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(fd, 0)
+    os.close(fd)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    try:
+        with open("/proc/self/comm", "w") as file:
+            file.write(config.name[:15])
+    except OSError:
+        pass
+    process: Any = sys.modules.get("multiprocessing.process")
+    util: Any = sys.modules.get("multiprocessing.util")
+    if process is not None and util is not None:
+        # As in the bootstrap of its own children: the user's children are not ours to end, its finalizers are not ours
+        # to run, and queues and locks are told that they are in another process.
+        process._children = set()
+        util._finalizer_registry.clear()
+        util._run_after_forkers()
+    if config.sys_path is not None:
+        sys.path[:] = config.sys_path
+    if config.argv is not None:
+        sys.argv[:] = config.argv
+    if config.cwd is not None:
+        os.chdir(config.cwd)
