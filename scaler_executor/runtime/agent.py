@@ -1,0 +1,394 @@
+"""Carries out what `protocol.agent` decides: the workers' sockets, pipes and pages, and the forker's control pair.
+
+It knows descriptors and processes; it decides nothing about calls. Everything runs in the loop of the serve process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+import msgspec
+
+from scaler_executor.protocol import agent as protocol
+from scaler_executor.protocol.codec import Encoder, RemoteProtocolError
+from scaler_executor.protocol.messages import (
+    DeathReport,
+    ForkerMessage,
+    ForkerSetup,
+    ForkWorker,
+    FreezeWorker,
+    InterruptWorker,
+    KillWorker,
+    Message,
+    WorkerExited,
+    WorkerForked,
+    WorkerForkFailed,
+    WorkerFrozen,
+)
+from scaler_executor.protocol.page import CURRENT, DONE, ITEM, RANG, slot
+from scaler_executor.runtime import platform
+from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
+from scaler_executor.runtime.pipe import ResultPipe
+from scaler_executor.runtime.transport import StreamWriter
+
+log = logging.getLogger("scaler_executor.agent")
+
+#: Read from one worker before the others have their turn. More than a pipe holds, so that a ring is never missed.
+PIPE_BUDGET_BYTES: Final = 4 << 20
+#: Results are left in the pipes while more than this waits to be sent to the client.
+UPSTREAM_BYTES: Final = 64 << 20
+
+
+class WorkerHandle:
+    """This side's ends of one worker."""
+
+    def __init__(self, worker_id: int, pid: int, fds: list[int]) -> None:
+        call_fd, pipe_fd, page_fd, self.pidfd = fds
+        self.worker_id = worker_id
+        self.pid = pid
+        self.socket = socket.socket(fileno=call_fd)
+        self.socket.setblocking(False)
+        self.writer = StreamWriter(self.socket)
+        self.pipe = ResultPipe(pipe_fd)
+        self.page = platform.map_page(page_fd)
+        os.close(page_fd)
+        #: Told to exit once everything is written.
+        self.retired = False
+        #: Its pipe is watched, because a record is only half here.
+        self.is_watched = False
+
+    def close(self) -> None:
+        self.socket.close()
+        self.pipe.close()
+        platform.unmap_page(self.page)
+        os.close(self.pidfd)
+
+
+class AgentRuntime:
+    """The agent of this machine.
+
+    Args:
+        state: Decides.
+        loop: Calls back.
+        control: This side's end of the forker's control pair.
+        send: Takes the messages to the scheduler. It must not call back into this object.
+        upstream_bytes: How much waits to be sent to clients.
+        restart_forker: Starts another forker and returns its control socket, or None if there can be none.
+        on_drained: Called when nothing is left after `drain`.
+    """
+
+    def __init__(
+        self,
+        state: protocol.AgentState,
+        loop: Loop,
+        control: socket.socket,
+        *,
+        send: Callable[[Message], None],
+        upstream_bytes: Callable[[], int],
+        restart_forker: Callable[[], socket.socket | None],
+        on_drained: Callable[[], None],
+    ) -> None:
+        self._state = state
+        self._loop = loop
+        self._send = send
+        self._upstream_bytes = upstream_bytes
+        self._restart_forker = restart_forker
+        self._on_drained = on_drained
+        self._encoder = Encoder()
+        self._workers: dict[int, WorkerHandle] = {}
+        #: Workers that have been ordered but are not here yet.
+        self._ordered: set[int] = set()
+        self._bell = platform.Bell.create()
+        loop.watch(self._bell.fileno(), self._on_bell)
+        #: Pipes are not read because too much waits upstream.
+        self._is_held_up = False
+        self._perform_one: dict[type, Callable[[Any], None]] = {
+            protocol.Send: lambda instruction: self._send(instruction.message),
+            protocol.Start: self._start,
+            protocol.Look: self._look,
+            protocol.Fork: self._fork,
+            protocol.Interrupt: lambda i: self._tell_forker(InterruptWorker(i.worker_id, i.seq)),
+            protocol.Freeze: lambda i: self._tell_forker(FreezeWorker(i.worker_id, i.kill_seq, i.revoke, i.split_seq)),
+            protocol.Kill: lambda i: self._tell_forker(KillWorker(i.worker_id)),
+            protocol.Retire: self._retire,
+            protocol.Drained: lambda _: self._on_drained(),
+        }
+        self._control: socket.socket | None = None
+        self._use_forker(control)
+
+    # Events in, instructions out
+
+    def handle(self, event: protocol.Event) -> None:
+        """Feed one event to the state and do what it says."""
+        for instruction in self._state.handle(event, monotonic()):
+            self._perform_one[type(instruction)](instruction)
+
+    def next_deadline(self) -> float | None:
+        """Return when `handle(Tick())` is due, or None."""
+        return self._state.next_deadline()
+
+    def drain(self) -> None:
+        """Take nothing more, let workers end."""
+        self.handle(protocol.Drain())
+
+    def close(self) -> None:
+        """Let the forker go, and with it whatever workers are left."""
+        if self._control is not None:
+            self._loop.forget(self._control.fileno())
+            self._control.close()
+            self._control = None
+
+    # Workers
+
+    def _start(self, instruction: protocol.Start) -> None:
+        handle = self._workers.get(instruction.worker_id)
+        if handle is None:
+            return
+        page = handle.page
+        for row in instruction.message.calls:
+            page[slot(row[0])] = row[0]
+        try:
+            if not handle.writer.send(self._encoder.pack(instruction.message)):
+                self._loop.watch(handle.socket.fileno(), lambda: self._flush(handle), WRITABLE)
+        except ConnectionError:
+            pass  # it is dead; the forker will say how
+
+    def _flush(self, handle: WorkerHandle) -> None:
+        try:
+            if not handle.writer.flush():
+                return
+        except ConnectionError:
+            pass
+        self._loop.forget(handle.socket.fileno())
+        if handle.retired:
+            self._hang_up(handle)
+
+    def _retire(self, instruction: protocol.Retire) -> None:
+        handle = self._workers.get(instruction.worker_id)
+        if handle is not None:
+            handle.retired = True
+            if not handle.writer.pending_bytes:
+                self._hang_up(handle)
+
+    def _hang_up(self, handle: WorkerHandle) -> None:
+        try:
+            handle.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has gone first
+
+    def _on_bell(self) -> None:
+        self._bell.clear()
+        self.read_pipes()
+
+    def read_pipes(self) -> None:
+        """Read the results of the workers that rang, unless too much waits upstream."""
+        self._is_held_up = self._upstream_bytes() > UPSTREAM_BYTES
+        if self._is_held_up:
+            return
+        for handle in list(self._workers.values()):
+            if handle.page[RANG]:
+                self._read(handle)
+
+    def upstream_has_room(self) -> None:
+        """Go on reading after `upstream_bytes` has fallen."""
+        if self._is_held_up:
+            self.read_pipes()
+
+    def _read(self, handle: WorkerHandle) -> None:
+        # First the mark, then the pipe: what is written in between rings again.
+        handle.page[RANG] = 0
+        try:
+            records = handle.pipe.read(PIPE_BUDGET_BYTES)
+        except RemoteProtocolError as error:
+            self._distrust(handle, error)
+            return
+        if handle.pipe.is_partial != handle.is_watched:
+            # A large record comes in many pieces and rings once.
+            handle.is_watched = handle.pipe.is_partial
+            if handle.is_watched:
+                self._loop.watch(handle.pipe.fileno(), lambda: self._read_more(handle))
+            else:
+                self._loop.forget(handle.pipe.fileno())
+        if records:
+            self.handle(protocol.Records(handle.worker_id, records))
+
+    def _read_more(self, handle: WorkerHandle) -> None:
+        if self._upstream_bytes() > UPSTREAM_BYTES:
+            self._is_held_up = True
+            handle.page[RANG] = 1
+            handle.is_watched = False
+            self._loop.forget(handle.pipe.fileno())
+        else:
+            self._read(handle)
+
+    def _distrust(self, handle: WorkerHandle, error: RemoteProtocolError) -> None:
+        """User code has written into our pipe: the worker is no use any more."""
+        log.warning("worker %d (pid %d) wrote nonsense and is killed: %s", handle.worker_id, handle.pid, error)
+        self._loop.forget(handle.pipe.fileno())
+        self._tell_forker(KillWorker(handle.worker_id))
+
+    def _look(self, instruction: protocol.Look) -> None:
+        handle = self._workers.get(instruction.worker_id)
+        if handle is None:
+            return
+        page = handle.page
+        done, current = page[DONE], page[CURRENT]
+        if not self._is_held_up:
+            self._read(handle)
+        if instruction.worker_id in self._workers:
+            self.handle(protocol.Seen(handle.worker_id, current, done))
+
+    # The forker
+
+    def _use_forker(self, control: socket.socket) -> None:
+        control.setblocking(False)
+        self._control = control
+        self._loop.watch(control.fileno(), self._on_control)
+        pidfd = platform.pidfd_open(os.getpid())
+        try:
+            packet = msgspec.msgpack.encode(ForkerSetup())
+            socket.send_fds(control, [packet], [self._bell.ring_fd, pidfd])
+        finally:
+            os.close(pidfd)
+        self._decode = msgspec.msgpack.Decoder(ForkerMessage).decode
+        #: Packets that the control pair does not take yet.
+        self._unsent: list[bytes] = []
+
+    def _fork(self, instruction: protocol.Fork) -> None:
+        self._ordered.add(instruction.worker_id)
+        self._tell_forker(ForkWorker(instruction.worker_id))
+
+    def _tell_forker(self, message: Message) -> None:
+        control = self._control
+        if control is None:
+            if isinstance(message, ForkWorker):
+                self._fork_failed(message.worker_id, "the process that forks workers was lost")
+            return
+        self._unsent.append(msgspec.msgpack.encode(message))
+        self._flush_control()
+
+    def _flush_control(self) -> None:
+        control = self._control
+        if control is None:
+            return
+        unsent = self._unsent
+        try:
+            while unsent:
+                control.send(unsent[0])
+                del unsent[0]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            unsent.clear()  # its end is noticed by reading
+        self._loop.watch(control.fileno(), self._on_control, READABLE | WRITABLE if unsent else READABLE)
+
+    def _on_control(self) -> None:
+        while (control := self._control) is not None:
+            try:
+                packet, fds, _, _ = socket.recv_fds(control, 1 << 16, 4)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                packet, fds = b"", []
+            if not packet:
+                self._forker_lost()
+                break
+            self._from_forker(self._decode(packet), fds)
+        if self._unsent:
+            self._flush_control()
+
+    def _from_forker(self, message: ForkerMessage, fds: list[int]) -> None:
+        if isinstance(message, WorkerForked):
+            self._ordered.discard(message.worker_id)
+            self._workers[message.worker_id] = WorkerHandle(message.worker_id, message.pid, fds)
+            self.handle(protocol.Forked(message.worker_id, message.pid))
+        elif isinstance(message, WorkerFrozen):
+            if message.worker_id in self._workers:
+                self.handle(
+                    protocol.Frozen(
+                        message.worker_id, message.current, message.done, message.item, message.killed, message.stuck
+                    )
+                )
+        elif isinstance(message, WorkerExited):
+            self._worker_exited(message)
+        else:
+            self._fork_failed(message.worker_id, message.reason)
+
+    def _fork_failed(self, worker_id: int, reason: str) -> None:
+        self._ordered.discard(worker_id)
+        self.handle(protocol.ForkFailed(worker_id, reason))
+
+    def _worker_exited(self, message: WorkerExited) -> None:
+        handle = self._workers.pop(message.worker_id, None)
+        if handle is None:
+            return
+        report = DeathReport(
+            reason=_sentence(message.exit_code),
+            exit_code=message.exit_code,
+            host=socket.gethostname(),
+            pid=message.pid,
+            worker_id=message.worker_id,
+            peak_memory_bytes=message.peak_memory_bytes,
+        )
+        self._bury(handle, message.current, message.done, message.item, report)
+
+    def _bury(self, handle: WorkerHandle, current: int, done: int, item: int, report: DeathReport) -> None:
+        """Take what a dead worker left, then say that it is dead: in this order, for a result that is there counts."""
+        if handle.is_watched:
+            self._loop.forget(handle.pipe.fileno())
+        self._loop.forget(handle.socket.fileno())
+        try:
+            records = handle.pipe.drain()
+        except RemoteProtocolError:
+            records = []
+        handle.close()
+        if records:
+            self.handle(protocol.Records(handle.worker_id, records))
+        self.handle(protocol.Exited(handle.worker_id, current, done, item, report))
+
+    def _forker_lost(self) -> None:
+        """The forker was killed. Its workers die with it; make sure, bury them, and start another forker."""
+        log.warning("the process that forks workers was lost; its workers are killed")
+        self.close()
+        self._unsent = []
+        for handle in self._workers.values():
+            platform.signal_group(handle.pidfd, handle.pid, signal.SIGKILL)
+            platform.signal_process(handle.pidfd, signal.SIGKILL)
+        control = self._restart_forker()
+        if control is not None:
+            self._use_forker(control)
+        for worker_id in list(self._ordered):
+            self._fork_failed(worker_id, "the process that forks workers was lost")
+        for handle in list(self._workers.values()):
+            self._loop.watch(handle.pidfd, lambda handle=handle: self._orphan_died(handle))  # type: ignore[misc]
+
+    def _orphan_died(self, handle: WorkerHandle) -> None:
+        self._loop.forget(handle.pidfd)
+        if self._workers.pop(handle.worker_id, None) is None:
+            return
+        page = handle.page
+        report = DeathReport(
+            reason="the worker was killed because the process that forks workers was lost",
+            host=socket.gethostname(),
+            pid=handle.pid,
+            worker_id=handle.worker_id,
+        )
+        self._bury(handle, page[CURRENT], page[DONE], page[ITEM], report)
+
+
+def _sentence(exit_code: int) -> str:
+    """Say in words how a worker ended."""
+    if exit_code >= 0:
+        return f"the worker process exited with code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = ", possibly because the machine ran out of memory" if -exit_code == signal.SIGKILL else ""
+    return f"the worker process was killed by {name}{hint}"

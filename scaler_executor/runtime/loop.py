@@ -1,0 +1,63 @@
+"""An event loop: descriptors and one deadline.
+
+This module knows epoll and the monotonic clock, and nothing of what is read or why. Where there is no epoll, or its twin is asked for, `select.poll`
+does the same.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+from scaler_executor.runtime.platform import PORTABLE
+
+READABLE: Final = select.POLLIN
+WRITABLE: Final = select.POLLOUT
+
+
+class Loop:
+    """Calls back when descriptors are ready. Single-threaded."""
+
+    def __init__(self) -> None:
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._poller: Any = select.poll() if PORTABLE or not hasattr(select, "epoll") else select.epoll()
+        #: What `poll` takes for one second.
+        self._units_per_s = 1000 if not hasattr(self._poller, "fileno") else 1
+        self._stopped = False
+
+    def watch(self, fd: int, callback: Callable[[], None], events: int = READABLE) -> None:
+        """Have `callback` called when `fd` is ready for `events`, at an error or when its peer is gone. Replaces what was watched for."""
+        if fd in self._callbacks:
+            self._poller.modify(fd, events)
+        else:
+            self._poller.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def forget(self, fd: int) -> None:
+        """Stop watching `fd`, before it is closed. Does nothing if it is not watched."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._poller.unregister(fd)
+
+    def stop(self) -> None:
+        """Have `run` return after the callbacks that are due."""
+        self._stopped = True
+
+    def run(self, next_deadline: Callable[[], float | None], on_deadline: Callable[[], None]) -> None:
+        """Serve until `stop`. `on_deadline` is called when the time that `next_deadline` returned has come."""
+        poll, callbacks, units_per_s = self._poller.poll, self._callbacks, self._units_per_s
+        while not self._stopped:
+            deadline = next_deadline()
+            if deadline is None:
+                ready = poll()
+            else:
+                # epoll rounds up to milliseconds itself, poll wants them rounded.
+                left_s = max(0.0, deadline - monotonic())
+                ready = poll(left_s if units_per_s == 1 else -int(-left_s * units_per_s // 1))
+            for fd, _ in ready:
+                callback = callbacks.get(fd)
+                if callback is not None:  # an earlier callback may have forgotten it
+                    callback()
+            if deadline is not None and deadline <= monotonic():
+                on_deadline()

@@ -1,0 +1,223 @@
+"""The serve process: scheduler and agent in one loop, for the client that started it.
+
+Started by `runtime.cluster` in a fresh interpreter, with one end of a pair to the client. The scheduler's link to the agent is a queue in this process;
+everything else is said through the same messages as between machines. It ends when the client says Bye, or is gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from time import monotonic
+from typing import Any, Final, NoReturn
+
+from scaler_executor.protocol import agent as agent_protocol
+from scaler_executor.protocol import scheduler as scheduler_protocol
+from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
+from scaler_executor.protocol.messages import ClientMessage, Hello, Message
+from scaler_executor.runtime.agent import AgentRuntime
+from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
+from scaler_executor.runtime.transport import StreamReader, StreamWriter
+
+log = logging.getLogger("scaler_executor.serve")
+
+AGENT: Final = 0
+CLIENT: Final = 1
+
+
+class ClientPeer:
+    """The connection to the client that started this process."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self.reader = StreamReader(sock)
+        self.writer = StreamWriter(sock)
+        self.encoder = Encoder()
+        self.decoder: Decoder[Any] = Decoder(ClientMessage)
+
+
+class Server:
+    """One scheduler, one agent, one client."""
+
+    def __init__(self, sock: socket.socket, client_pidfd: int, control: socket.socket, config: dict[str, Any]) -> None:
+        self._loop = Loop()
+        self._config = config
+        self._scheduler = scheduler_protocol.SchedulerState()
+        self._client: ClientPeer | None = ClientPeer(sock)
+        self._client_pidfd = client_pidfd
+        #: Messages on their way from the scheduler to the agent.
+        self._to_agent: deque[Message] = deque()
+        #: Messages on their way from the agent to the scheduler.
+        self._to_scheduler: deque[Message] = deque()
+        self._agent = AgentRuntime(
+            agent_protocol.AgentState(
+                config["max_workers"], config["max_tasks_per_child"], cancel_grace_s=config["cancel_grace_s"]
+            ),
+            self._loop,
+            control,
+            send=self._to_scheduler.append,
+            upstream_bytes=self._upstream_bytes,
+            restart_forker=self._restart_forker,
+            on_drained=self._loop.stop,
+        )
+        self._loop.watch(sock.fileno(), self._on_client)
+        self._loop.watch(client_pidfd, self._client_died)
+        self._feed_scheduler(scheduler_protocol.Received(AGENT, Hello("agent")))
+
+    def run(self) -> None:
+        """Serve until the client is gone and the workers are too."""
+        self._loop.run(self._next_deadline, self._on_deadline)
+        self._agent.close()
+
+    # Between scheduler and agent
+
+    def _feed_scheduler(self, event: scheduler_protocol.Event) -> None:
+        self._perform(self._scheduler.handle(event, monotonic()))
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Pass messages between scheduler and agent until neither has more to say."""
+        to_agent, to_scheduler = self._to_agent, self._to_scheduler
+        while to_agent or to_scheduler:
+            while to_scheduler:
+                event = scheduler_protocol.Received(AGENT, to_scheduler.popleft())  # type: ignore[arg-type]
+                self._perform(self._scheduler.handle(event, monotonic()))
+            while to_agent:
+                self._agent.handle(agent_protocol.Received(to_agent.popleft()))  # type: ignore[arg-type]
+
+    def _perform(self, instructions: list[scheduler_protocol.Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, scheduler_protocol.Send):
+                if instruction.peer == AGENT:
+                    self._to_agent.append(instruction.message)
+                else:
+                    self._send_client(instruction.message)
+            elif instruction.peer == CLIENT:
+                if instruction.error:
+                    log.error("the client is dropped: %s", instruction.reason)
+                self._hang_up()
+            elif instruction.error:
+                raise AssertionError(f"bug: scheduler and agent disagree: {instruction.reason}")
+
+    def _next_deadline(self) -> float | None:
+        deadlines = (self._scheduler.next_deadline(), self._agent.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _on_deadline(self) -> None:
+        self._agent.handle(agent_protocol.Tick())
+        self._feed_scheduler(scheduler_protocol.Tick())
+
+    # The client
+
+    def _on_client(self) -> None:
+        client = self._client
+        if client is None:
+            return
+        try:
+            for header, frames in client.reader.read():
+                message = client.decoder.decode(header, frames)
+                self._feed_scheduler(scheduler_protocol.Received(CLIENT, message))
+        except RemoteProtocolError as error:
+            log.error("the client broke the protocol: %s", error)
+            self._client_gone("broke the protocol")
+            return
+        if client.reader.eof:
+            self._client_gone("closed the connection")
+        elif client.writer.pending_bytes:
+            self._flush_client()
+
+    def _send_client(self, message: Message) -> None:
+        client = self._client
+        if client is None:
+            return
+        try:
+            if not client.writer.send(client.encoder.pack(message)):
+                self._loop.watch(client.socket.fileno(), self._on_client, READABLE | WRITABLE)
+        except ConnectionError:
+            pass  # noticed by its pidfd, or by end-of-file
+
+    def _flush_client(self) -> None:
+        client = self._client
+        assert client is not None
+        try:
+            if client.writer.flush():
+                self._loop.watch(client.socket.fileno(), self._on_client, READABLE)
+        except ConnectionError:
+            return
+        self._agent.upstream_has_room()
+        self._exchange()
+
+    def _upstream_bytes(self) -> int:
+        return 0 if self._client is None else self._client.writer.pending_bytes
+
+    def _client_died(self) -> None:
+        self._client_gone("its process has ended")
+
+    def _client_gone(self, reason: str) -> None:
+        if self._client is not None:
+            self._hang_up()
+            self._feed_scheduler(scheduler_protocol.PeerLost(CLIENT, reason, stopped=True))
+
+    def _hang_up(self) -> None:
+        """The client's part is over: nothing more is read or said, and the agent ends when its calls do."""
+        client = self._client
+        if client is None:
+            return
+        self._client = None
+        self._loop.forget(client.socket.fileno())
+        self._loop.forget(self._client_pidfd)
+        client.socket.close()
+        self._agent.drain()
+
+    def _restart_forker(self) -> socket.socket | None:
+        return _start_forker(self._config)
+
+
+def _start_forker(config: dict[str, Any]) -> socket.socket | None:
+    """Fork the forker from this process, which is single-threaded and has imported nothing of the user's."""
+    from scaler_executor.runtime.forker import start_forker_by_fork
+    from scaler_executor.runtime.worker import WorkerConfig
+
+    if config["start_method"] == "fork" and config["has_initializer"]:
+        return None  # the initializer lived in the forker that is gone
+    worker_config = WorkerConfig(
+        initializer_pickle=config["initializer_pickle"],
+        sys_path=config["sys_path"],
+        cwd=config["cwd"],
+        argv=config["argv"],
+    )
+    _, control = start_forker_by_fork(worker_config)
+    return control
+
+
+def main(config: dict[str, Any]) -> NoReturn:
+    """Serve one client.
+
+    Args:
+        config: See `cluster.EmbeddedCluster`, which makes it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("scaler_executor").addHandler(logging.NullHandler())
+    control_fd = config["control_fd"]
+    control = socket.socket(fileno=control_fd) if control_fd is not None else _start_forker(config)
+    assert control is not None
+    # Rows and payloads have no cycles, and collecting over 100,000 of them would halve the rate.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+    server = Server(socket.socket(fileno=config["socket_fd"]), config["client_pidfd"], control, config)
+    try:
+        server.run()
+    except BaseException:
+        # A bug of ours: the client is told by our exit status, and the forker by our end, which stops the workers.
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(70)
+    os._exit(0)
