@@ -1,0 +1,529 @@
+"""The forker: forks workers, stops them, reaps them.
+
+This module knows processes, their pages and the control messages. It does not know what a call is for. It is a process
+with one thread and one event loop that never waits for anything in particular: a worker that does not stop or die in
+time is reported, and no other worker waits for it.
+
+One request's way: the agent sends FreezeWorker(kill_seq); the forker sends SIGSTOP and looks on; once the worker is
+stopped its page cannot change. If that call is in progress its process group gets SIGKILL, else the worker goes on. The
+pidfd tells of the death; the group is emptied while its number cannot be reused; then WorkerExited says that nothing is
+left.
+
+As the workers' parent the forker cannot signal a stranger: a pid is reused only after its parent has reaped it.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import signal
+import socket
+import sys
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from typing import Any, Final, NoReturn
+
+import msgspec
+from typing_extensions import assert_never
+
+from scaler_executor.protocol.messages import (
+    ForkerMessage,
+    ForkerSetup,
+    ForkWorker,
+    FreezeWorker,
+    InterruptWorker,
+    KillWorker,
+    ToForkerMessage,
+    WorkerExited,
+    WorkerForked,
+    WorkerForkFailed,
+    WorkerFrozen,
+)
+from scaler_executor.protocol.page import CURRENT, DONE, INTERRUPT, ITEM, STOP, slot
+from scaler_executor.runtime import platform
+from scaler_executor.runtime.worker import WorkerConfig, worker_main
+
+PIPE_BYTES: Final = 1 << 20
+MAX_PACKET_BYTES: Final = 1 << 17
+#: A stop takes some 10 us when a CPU is free: so long the loop looks again at once.
+SPIN_S: Final = 0.0002
+#: How long the workers' groups may take to die when the forker itself is to end.
+END_DEADLINE_S: Final = 2.0
+#: Signals that report a fault of the process itself. A fault handler that the user enabled stays.
+_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL})
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToForkerMessage).decode
+
+
+@dataclass
+class _Worker:
+    """A worker that has been forked and not yet reported as gone."""
+
+    worker_id: int
+    pid: int
+    pidfd: int
+    page: memoryview
+    #: FreezeWorkers that wait for the worker to stop.
+    freezes: deque[FreezeWorker] = field(default_factory=deque)
+    #: Somebody else had stopped it before we did: it is not continued.
+    was_stopped: bool = False
+    #: We sent SIGKILL.
+    killed: bool = False
+    #: Its WorkerExited, once it is reaped; sent when its process group is empty.
+    exited: WorkerExited | None = None
+    #: When to look again (monotonic), and the pause before the next look; None: nothing is awaited but its death.
+    look_at: float | None = None
+    pause_s: float = 0.0
+    #: When it counts as stuck; None: it need not do anything, or it has been reported already.
+    stuck_at: float | None = None
+
+
+class Forker:
+    """The event loop. Ends the process when the agent or the creator is gone."""
+
+    def __init__(self, control: socket.socket, config: WorkerConfig, watched_pidfds: list[int]) -> None:
+        control.setblocking(False)
+        self._control = control
+        self._config = config
+        self._watched = list(watched_pidfds)
+        #: {worker_id: worker}, and the same by pidfd. A pidfd stays open until the group is empty.
+        self._workers: dict[int, _Worker] = {}
+        self._by_pidfd: dict[int, _Worker] = {}
+        #: Whether the loop waits for the control socket to take more.
+        self._is_full = False
+        #: What the control socket has not taken yet: message, descriptors to pass, descriptors to close after that.
+        self._outbox: deque[tuple[bytes, list[int], list[int]]] = deque()
+        self._bell_fd = -1
+        self._stop_deadline_s = ForkerSetup().stop_deadline_s
+        self._pid = os.getpid()
+        # SIGCHLD comes as a byte here: when a worker has stopped, and when an orphan of a worker has ended, which no
+        # pidfd tells.
+        self._child_in, self._child_out = os.pipe()
+        os.set_blocking(self._child_in, False)
+        os.set_blocking(self._child_out, False)
+        signal.signal(signal.SIGCHLD, _ignore)
+        signal.set_wakeup_fd(self._child_out, warn_on_full_buffer=False)
+        self._epoll = select.epoll()
+        for fd in (control.fileno(), self._child_in, *self._watched):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def run(self) -> NoReturn:
+        """Serve until there is nobody to serve."""
+        while True:
+            events = self._epoll.poll(self._timeout_s())
+            for fd, mask in events:
+                if fd == self._control.fileno():
+                    if mask & select.EPOLLOUT:
+                        self._flush()
+                    if mask & ~select.EPOLLOUT:
+                        self._receive()
+                elif fd == self._child_in:
+                    self._on_children()
+                elif fd in self._by_pidfd:
+                    self._on_death(self._by_pidfd[fd])
+                elif fd in self._watched:
+                    self._end()
+            self._look_again()
+
+    def _receive(self) -> None:
+        """Handle the messages that are there, at most a few, so that deaths are seen meanwhile."""
+        for _ in range(16):
+            try:
+                packet, ancillary, flags, _ = self._control.recvmsg(MAX_PACKET_BYTES, socket.CMSG_SPACE(8))
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                self._end()
+            if not packet:
+                self._end()
+            assert not flags & socket.MSG_TRUNC, "the agent sent more than MAX_PACKET_BYTES"
+            fds = array.array("i")
+            for _, _, data in ancillary:
+                fds.frombytes(data[: len(data) // 4 * 4])
+            self._handle(_decode(packet), list(fds))
+
+    def _handle(self, message: ToForkerMessage, fds: list[int]) -> None:
+        if isinstance(message, ForkerSetup):
+            self._stop_deadline_s = message.stop_deadline_s
+            self._bell_fd, agent_pidfd = fds
+            self._watched.append(agent_pidfd)
+            self._epoll.register(agent_pidfd, select.EPOLLIN)
+            return
+        if isinstance(message, ForkWorker):
+            self._fork(message.worker_id)
+            return
+        worker = self._workers.get(message.worker_id)
+        if worker is None or worker.exited is not None:
+            return  # its WorkerExited is on the way
+        if isinstance(message, InterruptWorker):
+            # The number first: the worker must find it when the signal arrives. The slot, in case it has not come to
+            # the call.
+            worker.page[INTERRUPT] = message.seq
+            _take_back(worker.page, message.seq)
+            platform.signal_process(worker.pidfd, signal.SIGINT)
+        elif isinstance(message, FreezeWorker):
+            self._freeze(worker, message)
+        elif isinstance(message, KillWorker):
+            self._kill(worker)
+        else:
+            assert_never(message)
+
+    def _fork(self, worker_id: int) -> None:
+        """Make a worker and hand its descriptors over."""
+        opened: list[int] = []
+        page: memoryview | None = None
+        pid = 0
+        try:
+            here, there = socket.socketpair()
+            opened += [here.detach(), there.detach()]
+            opened += os.pipe()
+            opened.append(platform.create_page())
+            call_here, call_there, pipe_here, pipe_there, page_fd = opened
+            platform.grow_pipe(pipe_there, PIPE_BYTES)
+            page = platform.map_page(page_fd)
+            pid = os.fork()
+            if pid == 0:
+                self._become_worker(call_there, pipe_there, page, [call_here, pipe_here, page_fd])
+            pidfd = platform.pidfd_open(pid)
+        except OSError as error:
+            if pid:
+                os.kill(pid, signal.SIGKILL)  # reaped with the orphans
+            if page is not None:
+                platform.unmap_page(page)
+            for fd in opened:
+                os.close(fd)
+            self._send(WorkerForkFailed(worker_id, str(error)))
+            return
+        os.close(call_there)
+        os.close(pipe_there)
+        worker = _Worker(worker_id, pid, pidfd, page)
+        self._workers[worker_id] = worker
+        self._by_pidfd[pidfd] = worker
+        self._epoll.register(pidfd, select.EPOLLIN)
+        ours = [call_here, pipe_here, page_fd]
+        self._send(WorkerForked(worker_id, pid), [*ours, pidfd], ours)
+
+    def _become_worker(self, call_fd: int, pipe_fd: int, page: memoryview, fds: list[int]) -> NoReturn:
+        """Go on as the worker, with nothing of the forker's."""
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            if not platform.set_parent_death_signal(signal.SIGKILL, self._pid):
+                os._exit(0)
+            self._epoll.close()
+            self._control.close()
+            for _, _, held in self._outbox:
+                fds += held
+            for fd in [self._child_in, self._child_out, *self._watched, *self._by_pidfd, *fds]:
+                os.close(fd)
+            for worker in self._workers.values():
+                platform.unmap_page(worker.page)
+            bell = platform.Bell.for_ringing(self._bell_fd)
+            worker_main(socket.socket(fileno=call_fd), pipe_fd, page, bell, self._config)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(70)  # EX_SOFTWARE: a bug of ours
+
+    def _freeze(self, worker: _Worker, message: FreezeWorker) -> None:
+        """Stop the worker. What is asked follows when it stands still."""
+        if worker.killed:
+            return
+        if not worker.freezes:
+            worker.was_stopped = _has_stopped(worker.pid) or platform.is_stopped(worker.pid)
+            if not platform.signal_process(worker.pidfd, signal.SIGSTOP):
+                return
+            self._await(worker)
+        worker.freezes.append(message)
+        until = perf_counter() + SPIN_S
+        while worker.freezes:
+            self._look(worker)
+            if perf_counter() > until:
+                break
+
+    def _look(self, worker: _Worker) -> None:
+        """Do what was asked of a frozen worker, if it stands still by now."""
+        if not _has_stopped(worker.pid):
+            return
+        page = worker.page
+        while worker.freezes:
+            message = worker.freezes.popleft()
+            current, done, item = page[CURRENT], page[DONE], page[ITEM]
+            frozen = WorkerFrozen(worker.worker_id, current, done, item)
+            in_progress = current if current != done else 0
+            if message.kill_seq and message.kill_seq == in_progress:
+                frozen.killed = True
+                self._send(frozen)
+                self._kill(worker)
+                return
+            for seq in message.revoke:
+                if seq > current:
+                    _take_back(page, seq)
+            if message.split_seq and message.split_seq == in_progress and page[STOP] > item + 1:
+                page[STOP] = item + 1
+            self._send(frozen)
+        worker.look_at = worker.stuck_at = None
+        if not worker.was_stopped:
+            platform.signal_process(worker.pidfd, signal.SIGCONT)
+
+    def _kill(self, worker: _Worker) -> None:
+        """Send SIGKILL to the process group. The rest follows when the worker is dead."""
+        worker.freezes.clear()
+        worker.killed = True
+        platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
+        platform.signal_process(worker.pidfd, signal.SIGKILL)  # it may not have made its group yet
+        self._await(worker)
+
+    def _await(self, worker: _Worker) -> None:
+        """Expect something of the worker before the deadline."""
+        now = monotonic()
+        worker.pause_s = 0.001
+        worker.look_at = now + worker.pause_s
+        worker.stuck_at = now + self._stop_deadline_s
+
+    def _timeout_s(self) -> float | None:
+        times = [worker.look_at for worker in self._workers.values() if worker.look_at is not None]
+        return max(0.0, min(times) - monotonic()) if times else None
+
+    def _look_again(self) -> None:
+        """Look at the workers of which something is awaited and whose time has come."""
+        for worker in list(self._workers.values()):
+            if worker.look_at is None or worker.look_at > monotonic():
+                continue
+            self._progress(worker)
+            if worker.look_at is None:
+                continue
+            now = monotonic()
+            worker.pause_s = min(2 * worker.pause_s, 0.1)
+            worker.look_at = now + worker.pause_s
+            if worker.stuck_at is not None and now >= worker.stuck_at:
+                self._give_up(worker)
+
+    def _give_up(self, worker: _Worker) -> None:
+        """Report a worker that does not stop or die. It is told to go on, but a killed one is still awaited."""
+        page = worker.page
+        worker.stuck_at = None
+        for _ in worker.freezes or [None]:
+            self._send(WorkerFrozen(worker.worker_id, page[CURRENT], page[DONE], page[ITEM], worker.killed, stuck=True))
+        if worker.freezes:
+            worker.freezes.clear()
+            worker.look_at = None
+            platform.signal_process(worker.pidfd, signal.SIGCONT)
+
+    def _progress(self, worker: _Worker) -> None:
+        if worker.exited is not None:
+            self._finish(worker)
+        elif worker.freezes:
+            self._look(worker)
+
+    def _on_children(self) -> None:
+        """Some child has stopped, gone on or ended."""
+        try:
+            os.read(self._child_in, 65536)
+        except BlockingIOError:
+            pass
+        self._reap_orphans()
+        for worker in list(self._workers.values()):
+            if worker.look_at is not None:
+                self._progress(worker)
+
+    def _reap_orphans(self) -> None:
+        """Reap ended children that are not workers: what workers left behind, and this process adopted."""
+        by_pid = {worker.pid: worker for worker in self._workers.values() if worker.exited is None}
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            worker = by_pid.pop(ended.si_pid, None)
+            if worker is not None:
+                self._on_death(worker)
+            else:
+                os.waitpid(ended.si_pid, 0)
+
+    def _on_death(self, worker: _Worker) -> None:
+        """Reap a worker, its group first."""
+        if worker.exited is not None:
+            return
+        ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return  # its threads are still ending
+        if worker.killed or ended.si_code != os.CLD_EXITED or ended.si_status:
+            # While it is a zombie nobody else can have its number.
+            worker.killed = True
+            platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
+        _, status, usage = os.wait4(worker.pid, 0)
+        page = worker.page
+        worker.exited = WorkerExited(
+            worker.worker_id,
+            worker.pid,
+            os.waitstatus_to_exitcode(status),
+            page[CURRENT],
+            page[DONE],
+            page[ITEM],
+            usage.ru_maxrss * 1024,
+        )
+        worker.freezes.clear()
+        self._epoll.unregister(worker.pidfd)
+        if worker.killed and worker.stuck_at is None:
+            self._await(worker)
+        self._finish(worker)
+
+    def _finish(self, worker: _Worker) -> None:
+        """Report a reaped worker, if nothing is left of its group that has to go."""
+        assert worker.exited is not None
+        if worker.killed:
+            # Members that were adopted by us end as zombies, and keep the group alive until they are reaped.
+            while True:
+                try:
+                    if os.waitpid(-worker.pid, os.WNOHANG) == (0, 0):
+                        break
+                except ChildProcessError:
+                    break
+            if platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL):
+                return
+        self._send(worker.exited)
+        del self._workers[worker.worker_id]
+        del self._by_pidfd[worker.pidfd]
+        os.close(worker.pidfd)
+        platform.unmap_page(worker.page)
+
+    def _send(self, message: ForkerMessage, fds: list[int] | None = None, to_close: list[int] | None = None) -> None:
+        """Send, or keep until the control socket takes it."""
+        self._outbox.append((_encode(message), fds or [], to_close or []))
+        if len(self._outbox) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            data, fds, to_close = self._outbox[0]
+            try:
+                if fds:
+                    socket.send_fds(self._control, [data], fds)
+                else:
+                    self._control.send(data)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                self._end()
+            self._outbox.popleft()
+            for fd in to_close:
+                os.close(fd)
+        if self._is_full != bool(self._outbox):
+            self._is_full = bool(self._outbox)
+            mask = select.EPOLLIN | select.EPOLLOUT if self._is_full else select.EPOLLIN
+            self._epoll.modify(self._control.fileno(), mask)
+
+    def _end(self) -> NoReturn:
+        """Kill everything and go: nobody is left to tell."""
+        try:
+            for worker in self._workers.values():
+                platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
+                if worker.exited is None:
+                    platform.signal_process(worker.pidfd, signal.SIGKILL)
+            deadline = monotonic() + END_DEADLINE_S
+            poller = select.poll()
+            for worker in self._workers.values():
+                if worker.exited is None:
+                    poller.register(worker.pidfd, select.POLLIN)
+                    if not poller.poll(max(0.0, deadline - monotonic()) * 1000):
+                        break
+                    poller.unregister(worker.pidfd)
+                    # What it forked between the two signals above is in its group still.
+                    platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
+        finally:
+            os._exit(0)
+
+
+def forker_main(control: socket.socket, config: WorkerConfig, watched_pidfds: list[int]) -> NoReturn:
+    """Run the forker in this process, which has one thread. Ends it."""
+    _reset_signals()
+    platform.become_subreaper()
+    Forker(control, config, watched_pidfds).run()
+
+
+def start_forker_by_fork(config: WorkerConfig) -> tuple[int, socket.socket]:
+    """Fork the forker from this process. Return its pid and the control socket; the caller reaps it.
+
+    It lives in a session of its own, so that a terminal's Ctrl-C does not reach it, and ends with this process or with
+    the socket.
+    """
+    platform.prepare()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    creator_pidfd = platform.pidfd_open(os.getpid())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()  # or the child would print it again
+        except (AttributeError, OSError, ValueError):
+            pass
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn where there are threads: the child waits for none of their locks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            pid = os.fork()
+        except OSError:
+            here.close()
+            there.close()
+            os.close(creator_pidfd)
+            raise
+    if pid:
+        there.close()
+        os.close(creator_pidfd)
+        return pid, here
+    try:
+        signal.set_wakeup_fd(-1)  # it may be an event loop's of the parent
+        os.setsid()
+        here.close()
+        forker_main(there, config, [creator_pidfd])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(70)
+
+
+def _reset_signals() -> None:
+    """Give every signal the disposition that a fresh interpreter has, except SIGINT: it is ignored until a worker
+    handles it.
+
+    An inherited SIG_IGN for SIGCHLD would lose the exit statuses. SIGHUP stays ignored: that is what nohup does.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if handler is None or handler == signal.SIG_DFL or number in _FAULTS:
+            continue
+        if number == signal.SIGHUP and handler == signal.SIG_IGN:
+            continue
+        ignored = number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
+        try:
+            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        except (OSError, ValueError):
+            pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """Handle a signal that is only wanted for its byte in the wake-up pipe."""
+
+
+def _take_back(page: memoryview, seq: int) -> None:
+    """Let a call not start, unless its slot has passed to a later one."""
+    if page[slot(seq)] == seq:
+        page[slot(seq)] = 0
+
+
+def _has_stopped(pid: int) -> bool:
+    """Tell whether a child has stopped, with all its threads, and has not gone on since. Nothing is consumed: the
+    answer stays."""
+    try:
+        state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return state is not None and state.si_code == os.CLD_STOPPED
