@@ -18,6 +18,8 @@ from typing import Any, Final
 
 from scaler_executor.runtime import platform
 from scaler_executor.runtime.calls import CallPickler, main_baseline
+from scaler_executor.runtime.forker import start_forker_by_fork
+from scaler_executor.runtime.worker import WorkerConfig
 
 #: The interpreter's own path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports.
 _BOOT: Final = (
@@ -59,12 +61,15 @@ class EmbeddedCluster:
         is_fork = start_method == "fork"
         platform.prepare()
         pickled = None
-        if initializer is not None and not is_fork:
+        control: socket.socket | None = None
+        self._forker_pid: int | None = None
+        if is_fork:
+            # Before anything else of ours exists here, so that nothing of it is inherited.
+            worker_config = WorkerConfig(initializer=initializer, initargs=initargs, baseline=main_baseline())
+            self._forker_pid, control = start_forker_by_fork(worker_config)
+        elif initializer is not None:
             pickled = CallPickler(None).dumps_in_band((initializer, initargs))
         self.socket, theirs = socket.socketpair()
-        control, their_control = (
-            socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if is_fork else (None, None)
-        )
         client_pidfd = platform.pidfd_open(os.getpid())
         read_fd, write_fd = os.pipe()
         config = {
@@ -78,43 +83,30 @@ class EmbeddedCluster:
             "cwd": os.getcwd(),
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "socket_fd": theirs.fileno(),
-            "control_fd": None if their_control is None else their_control.fileno(),
+            "control_fd": None if control is None else control.fileno(),
             "client_pidfd": client_pidfd,
         }
-        self._forker_pid: int | None = None
         inherited = [theirs.fileno(), client_pidfd, read_fd]
-        if their_control is not None:
-            inherited.append(their_control.fileno())
+        if control is not None:
+            inherited.append(control.fileno())
         try:
             self._process = _start_serve(read_fd, inherited)
+            os.close(read_fd)
+            read_fd = -1
             self.death_fd = platform.pidfd_open(self._process.pid)
-            if control is not None and their_control is not None:
-                # Behind the start of serve, which takes longer and goes on in the meantime.
-                self._start_forker(control, initializer, initargs, [theirs, their_control], [client_pidfd, read_fd, write_fd])
-            with open(write_fd, "wb", closefd=False) as file:
-                marshal.dump(config, file)
+            try:
+                with open(write_fd, "wb", closefd=False) as file:
+                    marshal.dump(config, file)
+            except BrokenPipeError:
+                pass  # it has ended already, as `death_fd` says
         finally:
             for fd in (client_pidfd, read_fd, write_fd):
-                os.close(fd)
-            for end in (theirs, control, their_control):
-                if end is not None:
-                    end.close()
+                if fd >= 0:
+                    os.close(fd)
+            theirs.close()
+            if control is not None:
+                control.close()  # if serve could not be started this ends the forker
         self.socket.setblocking(False)
-
-    def _start_forker(
-        self,
-        control: socket.socket,
-        initializer: Callable[..., Any] | None,
-        initargs: tuple[Any, ...],
-        sockets: list[socket.socket],
-        fds: list[int],
-    ) -> None:
-        from scaler_executor.runtime.forker import fork_forker
-        from scaler_executor.runtime.worker import WorkerConfig
-
-        config = WorkerConfig(initializer=initializer, initargs=initargs, baseline=main_baseline())
-        to_close = [*fds, self.socket.fileno(), self.death_fd, *(end.fileno() for end in sockets)]
-        self._forker_pid = fork_forker(control, config, to_close, serve_pid=self._process.pid)
 
     def join(self) -> str:
         """Wait until the processes are gone, reap them and close the descriptors. Return how serve ended, in words."""

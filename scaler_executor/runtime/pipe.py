@@ -42,6 +42,11 @@ class ResultPipe:
         """Return the descriptor."""
         return self._fd
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether a record has come in part: its writer may not ring again for the rest."""
+        return self._large is not None or bool(self._tail)
+
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self._fd)
