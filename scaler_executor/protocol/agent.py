@@ -15,14 +15,14 @@ KILLING        its process group has been killed; confirmed when it is gone
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from typing_extensions import assert_never
+import msgspec
+
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.crew import PORTION_CALLS, AgentFunction, Call, CallState, Crew, Worker, row_of
-from scaler_executor.protocol.machine import Story, Transition, forbidden
+from scaler_executor.protocol.machine import Story, Transition, forbidden, unreachable
 from scaler_executor.protocol.messages import (
     AgentCapacity,
     AgentConfirm,
@@ -80,39 +80,34 @@ Record: TypeAlias = tuple[int, int, int, Any]
 # Events
 
 
-@dataclass(slots=True)
-class Received:
+class Received(msgspec.Struct):
     """A message came from the scheduler."""
 
     message: ToAgentMessage
 
 
-@dataclass(slots=True)
-class Forked:
+class Forked(msgspec.Struct):
     """The worker's process exists; its descriptors are here."""
 
     worker_id: int
     pid: int
 
 
-@dataclass(slots=True)
-class ForkFailed:
+class ForkFailed(msgspec.Struct):
     """The process could not be made."""
 
     worker_id: int
     reason: str
 
 
-@dataclass(slots=True)
-class Records:
+class Records(msgspec.Struct):
     """The worker wrote these into its result pipe."""
 
     worker_id: int
     records: list[Record]
 
 
-@dataclass(slots=True)
-class Seen:
+class Seen(msgspec.Struct):
     """What the page of a running worker said, its pipe having been read afterwards. It may be out of date, but not ahead."""
 
     worker_id: int
@@ -120,8 +115,7 @@ class Seen:
     done: int
 
 
-@dataclass(slots=True)
-class Frozen:
+class Frozen(msgspec.Struct):
     """What the page of the frozen worker said, as `messages.WorkerFrozen`. The answer to the oldest Freeze of that worker."""
 
     worker_id: int
@@ -132,8 +126,7 @@ class Frozen:
     stuck: bool = False
 
 
-@dataclass(slots=True)
-class Exited:
+class Exited(msgspec.Struct):
     """The worker is gone, its pipe has been read to the end, and these were the last words of its page."""
 
     worker_id: int
@@ -143,28 +136,23 @@ class Exited:
     report: DeathReport
 
 
-@dataclass(slots=True)
-class SchedulerLost:
+class SchedulerLost(msgspec.Struct):
     """The connection is gone, but may come back in time."""
 
 
-@dataclass(slots=True)
-class SchedulerBack:
+class SchedulerBack(msgspec.Struct):
     """The connection goes on where it was."""
 
 
-@dataclass(slots=True)
-class NewEpoch:
+class NewEpoch(msgspec.Struct):
     """The connection is back, but with a scheduler that knows nothing of what was here."""
 
 
-@dataclass(slots=True)
-class Drain:
+class Drain(msgspec.Struct):
     """Take nothing more, hand back what has not started, end when the rest is over."""
 
 
-@dataclass(slots=True)
-class Tick:
+class Tick(msgspec.Struct):
     """Time has passed, see `next_deadline`."""
 
 
@@ -187,38 +175,33 @@ Event: TypeAlias = (
 # Instructions
 
 
-@dataclass(slots=True)
-class Send:
+class Send(msgspec.Struct):
     """Send to the scheduler."""
 
     message: Message
 
 
-@dataclass(slots=True)
-class Fork:
+class Fork(msgspec.Struct):
     """Have a worker forked. Answered by Forked and a record READY, by ForkFailed, or by Exited."""
 
     worker_id: int
 
 
-@dataclass(slots=True)
-class Start:
+class Start(msgspec.Struct):
     """Allow these calls in the worker's page, then send them to it."""
 
     worker_id: int
     message: WorkerRun
 
 
-@dataclass(slots=True)
-class Interrupt:
+class Interrupt(msgspec.Struct):
     """Stop a call softly; see `messages.InterruptWorker`."""
 
     worker_id: int
     seq: int
 
 
-@dataclass(slots=True)
-class Freeze:
+class Freeze(msgspec.Struct):
     """See `messages.FreezeWorker`. Answered by Frozen, or by Exited."""
 
     worker_id: int
@@ -227,29 +210,25 @@ class Freeze:
     split_seq: int
 
 
-@dataclass(slots=True)
-class Retire:
+class Retire(msgspec.Struct):
     """Let the worker exit when it has done what it holds: close its end of the call pair."""
 
     worker_id: int
 
 
-@dataclass(slots=True)
-class Kill:
+class Kill(msgspec.Struct):
     """Kill the worker, whatever it does."""
 
     worker_id: int
 
 
-@dataclass(slots=True)
-class Look:
+class Look(msgspec.Struct):
     """Read the worker's page, then its pipe, and say Records and Seen."""
 
     worker_id: int
 
 
-@dataclass(slots=True)
-class Drained:
+class Drained(msgspec.Struct):
     """The last worker is gone after Drain."""
 
 
@@ -341,7 +320,7 @@ class AgentState:
         elif isinstance(event, Drain):
             self._drain()
         else:
-            assert_never(event)
+            unreachable(event)
         self._timers()
         self._dispatch()
         self._freeze()
@@ -421,7 +400,7 @@ class AgentState:
         elif isinstance(message, (Refused, Bye)):
             self._drain()
         else:
-            assert_never(message)
+            unreachable(message)
 
     def _run(self, message: TaskRun) -> None:
         functions, calls, crew, broken = self._functions, self._calls, self._crew, self._broken

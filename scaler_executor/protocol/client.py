@@ -7,13 +7,13 @@ machine runs a task, nor whether the scheduler has split a run: answers name ite
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
-from typing_extensions import assert_never
+import msgspec
+
 
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
-from scaler_executor.protocol.machine import Story, Transition, peer_error
+from scaler_executor.protocol.machine import Story, Transition, peer_error, unreachable
 from scaler_executor.protocol.messages import (
     PROTOCOL_VERSION,
     Bye,
@@ -49,32 +49,28 @@ REST: Final = -1
 # Events
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(msgspec.Struct):
     """What callers asked for since the last time, in order, but a cancel of a task of the same batch unsends it."""
 
-    tasks: list[TaskRow] = field(default_factory=list)
-    functions: list[Function] = field(default_factory=list)
-    forget: list[int] = field(default_factory=list)
-    cancels: list[tuple[int, CancelKind]] = field(default_factory=list)
+    tasks: list[TaskRow] = []
+    functions: list[Function] = []
+    forget: list[int] = []
+    cancels: list[tuple[int, CancelKind]] = []
 
 
-@dataclass(slots=True)
-class Received:
+class Received(msgspec.Struct):
     """A message came from the scheduler."""
 
     message: ToClientMessage
 
 
-@dataclass(slots=True)
-class SchedulerLost:
+class SchedulerLost(msgspec.Struct):
     """The scheduler, or the way to it, is gone for good."""
 
     reason: str
 
 
-@dataclass(slots=True)
-class CloseAsked:
+class CloseAsked(msgspec.Struct):
     """The user will submit no more: say Bye when nothing is outstanding."""
 
 
@@ -84,65 +80,56 @@ Event: TypeAlias = Batch | Received | SchedulerLost | CloseAsked
 # Instructions
 
 
-@dataclass(slots=True)
-class Send:
+class Send(msgspec.Struct):
     """Send to the scheduler."""
 
     message: Message
 
 
-@dataclass(slots=True)
-class Deliver:
+class Deliver(msgspec.Struct):
     """These items have a result. A task of one item is over with it."""
 
     results: list[ClientResultRow]
 
 
-@dataclass(slots=True)
-class Cancelled:
+class Cancelled(msgspec.Struct):
     """Items [first, first + count) of a task end cancelled, and why: (no, first, count, cause). `first` is REST for all that are left."""
 
     items: list[tuple[int, int, int, Cause]]
 
 
-@dataclass(slots=True)
-class CancelRefused:
+class CancelRefused(msgspec.Struct):
     """The cancels of these are answered: they run on and complete normally."""
 
     tasks: list[int]
 
 
-@dataclass(slots=True)
-class Running:
+class Running(msgspec.Struct):
     """These have been seen running."""
 
     tasks: list[int]
 
 
-@dataclass(slots=True)
-class Finished:
+class Finished(msgspec.Struct):
     """Each item of these has been answered. Not said of tasks of one item that are over with Deliver and were never asked to cancel."""
 
     tasks: list[int]
 
 
-@dataclass(slots=True)
-class Lost:
+class Lost(msgspec.Struct):
     """These end with SchedulerLostError, as will what is submitted from now on."""
 
     tasks: list[int]
     reason: str
 
 
-@dataclass(slots=True)
-class Broken:
+class Broken(msgspec.Struct):
     """No worker can be started: what is submitted from now on is refused with this reason."""
 
     reason: str
 
 
-@dataclass(slots=True)
-class Closed:
+class Closed(msgspec.Struct):
     """Bye has been said: nothing more will happen."""
 
 
@@ -207,7 +194,7 @@ class ClientState:
         elif isinstance(event, CloseAsked):
             self._closing = True
         else:
-            assert_never(event)
+            unreachable(event)
         if self._closing and not self._tasks and not self._said_bye and (self._welcome or self._lost is not None):
             self._said_bye = True
             if self._lost is None:
@@ -328,7 +315,7 @@ class ClientState:
         elif isinstance(message, Output):
             raise RemoteProtocolError("Output is reserved")
         else:
-            assert_never(message)
+            unreachable(message)
 
     def _welcomed(self, message: Welcome) -> None:
         if self._welcome is not None:

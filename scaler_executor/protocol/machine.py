@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
 
@@ -65,3 +65,8 @@ def check_table(table: dict[str, dict[str, Any]], states: Iterable[str], events:
     assert set(table) == set(states), set(table) ^ set(states)
     for state, row in table.items():
         assert set(row) == set(events), (state, set(row) ^ set(events))
+
+
+def unreachable(value: NoReturn) -> NoReturn:
+    """Close a dispatch: a type checker complains if a case is missing. As `typing.assert_never`, which Python 3.10 lacks."""
+    raise AssertionError(f"bug: {value!r} is not handled")

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
-from typing_extensions import assert_never
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.functions import KnownFunctions
-from scaler_executor.protocol.machine import Story, Transition, forbidden, peer_error
+from scaler_executor.protocol.machine import Story, Transition, forbidden, peer_error, unreachable
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
     PROTOCOL_VERSION,
@@ -86,16 +84,14 @@ FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
 # Events and instructions
 
 
-@dataclass(slots=True)
-class Received:
+class Received(msgspec.Struct):
     """A message came from a peer, whose first one is Hello. Peers are called by numbers that the caller never uses again."""
 
     peer: int
     message: ClientMessage | AgentMessage
 
 
-@dataclass(slots=True)
-class PeerLost:
+class PeerLost(msgspec.Struct):
     """A peer is gone for good. `stopped`: none of its code runs any more, as is known of a process that died on this machine."""
 
     peer: int
@@ -103,24 +99,21 @@ class PeerLost:
     stopped: bool = False
 
 
-@dataclass(slots=True)
-class Tick:
+class Tick(msgspec.Struct):
     """Time has passed, see `next_deadline`."""
 
 
 Event: TypeAlias = Received | PeerLost | Tick
 
 
-@dataclass(slots=True)
-class Send:
+class Send(msgspec.Struct):
     """Send to a peer."""
 
     peer: int
     message: Message
 
 
-@dataclass(slots=True)
-class Drop:
+class Drop(msgspec.Struct):
     """Close the connection to a peer, whose part here is over. `error`: it broke the protocol."""
 
     peer: int
@@ -261,7 +254,7 @@ class SchedulerState:
         elif isinstance(event, Tick):
             pass
         else:
-            assert_never(event)
+            unreachable(event)
         while self._fences and self._fences[0][0] <= now:
             for task in self._fences.popleft()[1]:
                 self._step(task, "FENCE_DUE")

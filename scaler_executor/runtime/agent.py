@@ -5,7 +5,7 @@ It knows descriptors and processes; it decides nothing about calls. Everything r
 
 from __future__ import annotations
 
-import logging
+
 import os
 import signal
 import socket
@@ -32,12 +32,10 @@ from scaler_executor.protocol.messages import (
     WorkerFrozen,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, ITEM, RANG, slot
-from scaler_executor.runtime import platform
+from scaler_executor.runtime import log, platform
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.pipe import ResultPipe
 from scaler_executor.runtime.transport import StreamWriter
-
-log = logging.getLogger("scaler_executor.agent")
 
 #: Read from one worker before the others have their turn. More than a pipe holds, so that a ring is never missed.
 PIPE_BUDGET_BYTES: Final = 4 << 20
@@ -229,7 +227,7 @@ class AgentRuntime:
 
     def _distrust(self, handle: WorkerHandle, error: RemoteProtocolError) -> None:
         """User code has written into our pipe: the worker is no use any more."""
-        log.warning("worker %d (pid %d) wrote nonsense and is killed: %s", handle.worker_id, handle.pid, error)
+        log.warn("agent", "worker %d (pid %d) wrote nonsense and is killed: %s", handle.worker_id, handle.pid, error)
         self._loop.forget(handle.pipe.fileno())
         self._tell_forker(KillWorker(handle.worker_id))
 
@@ -354,7 +352,7 @@ class AgentRuntime:
 
     def _forker_lost(self) -> None:
         """The forker was killed. Its workers die with it; make sure, bury them, and start another forker."""
-        log.warning("the process that forks workers was lost; its workers are killed")
+        log.warn("agent", "the process that forks workers was lost; its workers are killed")
         self.close()
         self._unsent = []
         for handle in self._workers.values():

@@ -7,7 +7,6 @@ everything else is said through the same messages as between machines. It ends w
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import socket
@@ -20,11 +19,10 @@ from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.messages import ClientMessage, Hello, Message
+from scaler_executor.runtime import log
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
-
-log = logging.getLogger("scaler_executor.serve")
 
 AGENT: Final = 0
 CLIENT: Final = 1
@@ -100,7 +98,7 @@ class Server:
                     self._send_client(instruction.message)
             elif instruction.peer == CLIENT:
                 if instruction.error:
-                    log.error("the client is dropped: %s", instruction.reason)
+                    log.error("serve", "the client is dropped: %s", instruction.reason)
                 self._hang_up()
             elif instruction.error:
                 raise AssertionError(f"bug: scheduler and agent disagree: {instruction.reason}")
@@ -124,7 +122,7 @@ class Server:
                 message = client.decoder.decode(header, frames)
                 self._feed_scheduler(scheduler_protocol.Received(CLIENT, message))
         except RemoteProtocolError as error:
-            log.error("the client broke the protocol: %s", error)
+            log.error("serve", "the client broke the protocol: %s", error)
             self._client_gone("broke the protocol")
             return
         if client.reader.eof:
@@ -203,7 +201,6 @@ def main(config: dict[str, Any]) -> NoReturn:
         config: See `cluster.EmbeddedCluster`, which makes it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("scaler_executor").addHandler(logging.NullHandler())
     control_fd = config["control_fd"]
     control = socket.socket(fileno=control_fd) if control_fd is not None else _start_forker(config)
     assert control is not None
