@@ -5,7 +5,6 @@ It knows descriptors and processes; it decides nothing about calls. Everything r
 
 from __future__ import annotations
 
-
 import os
 import signal
 import socket
@@ -28,7 +27,6 @@ from scaler_executor.protocol.messages import (
     Message,
     WorkerExited,
     WorkerForked,
-    WorkerForkFailed,
     WorkerFrozen,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, ITEM, RANG, slot

@@ -1,9 +1,11 @@
 """Starts the processes of an embedded cluster and sees them off.
 
-This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one end of a pair to it. Where workers are
+This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one
+end of a pair to it. Where workers are
 to be forks of the user's process, the forker is forked here, now, and its control pair is handed to serve.
 
-What serve is told (its `config`) goes through a pipe: the arguments and the environment of a process can be read by others.
+What serve is told (its `config`) goes through a pipe: the arguments and the environment of a process can be read by
+others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Loggers, one for each role, that cost nothing until something is to be said: importing logging takes as long as a tenth of a cold start."""
+"""Loggers, one for each role, that cost nothing until something is to be said: importing logging takes as long as a
+tenth of a cold start."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """An event loop: descriptors and one deadline.
 
-This module knows epoll and the monotonic clock, and nothing of what is read or why. Where there is no epoll, or its twin is asked for, `select.poll`
+This module knows epoll and the monotonic clock, and nothing of what is read or why. Where there is no epoll, or its
+twin is asked for, `select.poll`
 does the same.
 """
 
@@ -28,7 +29,8 @@ class Loop:
         self._stopped = False
 
     def watch(self, fd: int, callback: Callable[[], None], events: int = READABLE) -> None:
-        """Have `callback` called when `fd` is ready for `events`, at an error or when its peer is gone. Replaces what was watched for."""
+        """Have `callback` called when `fd` is ready for `events`, at an error or when its peer is gone. Replaces what
+        was watched for."""
         if fd in self._callbacks:
             self._poller.modify(fd, events)
         else:

@@ -1,6 +1,7 @@
 """The serve process: scheduler and agent in one loop, for the client that started it.
 
-Started by `runtime.cluster` in a fresh interpreter, with one end of a pair to the client. The scheduler's link to the agent is a queue in this process;
+Started by `runtime.cluster` in a fresh interpreter, with one end of a pair to the client. The scheduler's link to the
+agent is a queue in this process;
 everything else is said through the same messages as between machines. It ends when the client says Bye, or is gone.
 """
 
