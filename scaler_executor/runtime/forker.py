@@ -389,10 +389,9 @@ class Forker:
                     break
             if platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL):
                 return
-        self._send(worker.exited)
         del self._workers[worker.worker_id]
         del self._by_pidfd[worker.pidfd]
-        os.close(worker.pidfd)
+        self._send(worker.exited, to_close=[worker.pidfd])  # its WorkerForked may still stand in the outbox
         platform.unmap_page(worker.page)
 
     def _send(self, message: ForkerMessage, fds: list[int] | None = None, to_close: list[int] | None = None) -> None:
