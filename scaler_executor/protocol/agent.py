@@ -1,7 +1,8 @@
 """The agent: owns the workers of one machine, hands calls to them, stops calls, and says what became of each.
 
-It knows workers and their pages, as far as the forker reports them; it does not know clients' connections, other agents or retries, and makes no
-attempts. The table at the end of this file is over the state of a call; what is given to whom is `crew`'s.
+It knows workers and their pages, as far as the forker reports them; it does not know clients' connections, other
+agents or retries, and makes no attempts. The table at the end of this file is over the state of a call; what is given
+to whom is `crew`'s.
 
 QUEUED         waits here for a worker
 HELD           in a worker's hands; it may have started
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 import msgspec
-
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.crew import PORTION_CALLS, AgentFunction, Call, CallState, Crew, Worker, row_of
@@ -60,7 +60,8 @@ from scaler_executor.protocol.page import (
     RECORD_VALUE,
 )
 
-#: An agent that has lost its scheduler stops its calls after so long; shorter than `scheduler.FENCE_S` by more than clocks differ.
+#: An agent that has lost its scheduler stops its calls after so long; shorter than `scheduler.FENCE_S` by more than
+#: clocks differ.
 FENCE_S: Final = 8.0
 #: Workers that are silent are looked at this often.
 LOOK_S: Final = 0.005
@@ -108,7 +109,8 @@ class Records(msgspec.Struct):
 
 
 class Seen(msgspec.Struct):
-    """What the page of a running worker said, its pipe having been read afterwards. It may be out of date, but not ahead."""
+    """What the page of a running worker said, its pipe having been read afterwards. It may be out of date, but not
+    ahead."""
 
     worker_id: int
     current: int
@@ -116,7 +118,8 @@ class Seen(msgspec.Struct):
 
 
 class Frozen(msgspec.Struct):
-    """What the page of the frozen worker said, as `messages.WorkerFrozen`. The answer to the oldest Freeze of that worker."""
+    """What the page of the frozen worker said, as `messages.WorkerFrozen`. The answer to the oldest Freeze of that
+    worker."""
 
     worker_id: int
     current: int
@@ -241,7 +244,8 @@ class AgentState:
     Args:
         max_workers: So many workers at once, not counting those that are being stopped.
         max_items_per_worker: A worker is replaced after so many items; None: never.
-        cancel_grace_s: Time for a call to unwind after it was interrupted, where its function says nothing else; 0: it is killed at once.
+        cancel_grace_s: Time for a call to unwind after it was interrupted, where its function says nothing else; 0:
+        it is killed at once.
     """
 
     def __init__(self, max_workers: int, max_items_per_worker: int | None = None, cancel_grace_s: float = 1.0) -> None:
@@ -358,7 +362,9 @@ class AgentState:
             if call.state in ("RECALLING", "FREEZING"):
                 worker = call.worker
                 assert worker is not None
-                assert worker.worker_id in self._to_freeze or (worker.freeze is not None and call in worker.freeze), task_id
+                assert worker.worker_id in self._to_freeze or (worker.freeze is not None and call in worker.freeze), (
+                    task_id
+                )
         for worker in crew.workers.values():
             seqs = [call.seq for call in worker.held]
             assert seqs == sorted(set(seqs)), seqs
@@ -411,7 +417,7 @@ class AgentState:
         for task_id, attempt, client_id, items, skip, function_id, payload in message.tasks:
             if task_id in calls or items < 1 or skip < 0:
                 raise RemoteProtocolError(f"task {task_id} of {items} items, skip {skip}")
-            if broken and client_id in broken or self._draining:
+            if (broken and client_id in broken) or self._draining:
                 self._returned.append((task_id, attempt))  # it crossed the news
                 continue
             used = functions.get((client_id, function_id))
@@ -449,7 +455,8 @@ class AgentState:
             self._retire(worker)
 
     def _new_epoch(self) -> None:
-        """Forget all calls and clients: their numbers may come again and mean others. Room is offered when the old workers are gone."""
+        """Forget all calls and clients: their numbers may come again and mean others. Room is offered when the old
+        workers are gone."""
         self._fence_at = None
         self._said_capacity = 0
         for call in list(self._calls.values()):
@@ -612,7 +619,8 @@ class AgentState:
             self._running.append(head.task_id)
 
     def _misbehaved(self, worker: Worker, what: str) -> None:
-        """A worker said what it cannot have meant: user code has written over our memory or descriptors. It is no use any more."""
+        """A worker said what it cannot have meant: user code has written over our memory or descriptors. It is no use
+        any more."""
         self._story.add(self._now, worker.worker_id, "misbehaved", worker.state, "LEAVING", what)
         self._leave(worker)
         self._out.append(Kill(worker.worker_id))
@@ -729,7 +737,8 @@ class AgentState:
         call.cancel_no, call.kind = cancel_no, kind
 
     def _not_started(self, call: Call, *_: Any) -> None:
-        """It has not started (or not gone on, for a run), and its worker will not come to it: taken back, or the worker is gone."""
+        """It has not started (or not gone on, for a run), and its worker will not come to it: taken back, or the
+        worker is gone."""
         self._release(call)
         if call.cancel_no:
             self._confirm_canceled(call)
@@ -865,7 +874,8 @@ class AgentState:
         call.state = "GONE"  # until the caller says what it is instead
 
     def _requeue(self, call: Call) -> None:
-        """Put a call that no worker has at the front of the queue, or back to the scheduler if nothing is started here any more."""
+        """Put a call that no worker has at the front of the queue, or back to the scheduler if nothing is started
+        here any more."""
         if call.start:
             call = self._split_tail(call, call.start)
         call.state, call.cancel_no, call.kind = "QUEUED", 0, CancelKind.RECALL
@@ -878,7 +888,8 @@ class AgentState:
         self._crew.queued_items += call.open_items
 
     def _split_tail(self, call: Call, at: int) -> Call:
-        """Make the items of `call` from `at` on a call of their own, in nobody's hands. A head without items left is forgotten."""
+        """Make the items of `call` from `at` on a call of their own, in nobody's hands. A head without items left is
+        forgotten."""
         tail = Call(
             call.task_id + at,
             call.attempt,
@@ -1115,7 +1126,8 @@ EVENTS: Final = (
 )
 
 _A = AgentState
-# A result is not an event of this table: it ends the call in every state, see `_ended`. The call ran to its end, so nothing else can be true of it.
+# A result is not an event of this table: it ends the call in every state, see `_ended`. The call ran to its end, so
+# nothing else can be true of it.
 _TABLE: dict[str, dict[str, _Cell]] = {
     "QUEUED": {
         "CANCEL": _A._drop_queued,

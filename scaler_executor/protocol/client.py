@@ -1,7 +1,9 @@
-"""The client's side of the tasks: which were sent, which are being cancelled, and what each answer means for their futures.
+"""The client's side of the tasks: which were sent, which are being cancelled, and what each answer means for their
+futures.
 
-It knows numbers, not futures: `scaler_executor.runtime.client` keeps those and does what the instructions say. It does not know which worker or
-machine runs a task, nor whether the scheduler has split a run: answers name item ranges, and a run is over when each item has one.
+It knows numbers, not futures: `scaler_executor.runtime.client` keeps those and does what the instructions say. It
+does not know which worker or machine runs a task, nor whether the scheduler has split a run: answers name item
+ranges, and a run is over when each item has one.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
-
 
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
 from scaler_executor.protocol.machine import Story, Transition, peer_error, unreachable
@@ -93,7 +94,8 @@ class Deliver(msgspec.Struct):
 
 
 class Cancelled(msgspec.Struct):
-    """Items [first, first + count) of a task end cancelled, and why: (no, first, count, cause). `first` is REST for all that are left."""
+    """Items [first, first + count) of a task end cancelled, and why: (no, first, count, cause). `first` is REST for
+    all that are left."""
 
     items: list[tuple[int, int, int, Cause]]
 
@@ -111,7 +113,8 @@ class Running(msgspec.Struct):
 
 
 class Finished(msgspec.Struct):
-    """Each item of these has been answered. Not said of tasks of one item that are over with Deliver and were never asked to cancel."""
+    """Each item of these has been answered. Not said of tasks of one item that are over with Deliver and were never
+    asked to cancel."""
 
     tasks: list[int]
 
@@ -255,7 +258,9 @@ class ClientState:
 
     def _send(self, submit: TaskSubmit) -> None:
         plain = PLAIN
-        self._tasks.update([(row[0], plain if row[1] == 1 else ClientTask(row[0], SENT, row[1])) for row in submit.tasks])
+        self._tasks.update(
+            [(row[0], plain if row[1] == 1 else ClientTask(row[0], SENT, row[1])) for row in submit.tasks]
+        )
         self._out.append(Send(submit))
 
     def _unsend(self, tasks: list[TaskRow], cancels: list[tuple[int, CancelKind]]) -> list[TaskRow]:
@@ -287,7 +292,9 @@ class ClientState:
 
     def _ask(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
         self._last_cancel_no += 1
-        self._story.add(self._now, task.no, f"cancel {kind.name}", task.state, CANCELING, f"cancel_no {self._last_cancel_no}")
+        self._story.add(
+            self._now, task.no, f"cancel {kind.name}", task.state, CANCELING, f"cancel_no {self._last_cancel_no}"
+        )
         task.state = CANCELING
         task.cancel_no = self._last_cancel_no
         task.kind = kind
@@ -347,7 +354,8 @@ class ClientState:
                     others.append(row)
                 done += 1
         finally:
-            # Also when a row broke the protocol: those before it count. And first of all: a run that is over is over after its last results.
+            # Also when a row broke the protocol: those before it count. And first of all: a run that is over is over
+            # after its last results.
             delivered = results[:done] if others is None else others
             if delivered:
                 self._out.insert(0, Deliver(delivered))
@@ -397,7 +405,9 @@ class ClientState:
 
     def _answered(self, task: ClientTask, count: int) -> None:
         if count < 1 or count > task.open_items:
-            raise RemoteProtocolError(f"{count} items answered of the {task.open_items} outstanding ones of task {task.no}")
+            raise RemoteProtocolError(
+                f"{count} items answered of the {task.open_items} outstanding ones of task {task.no}"
+            )
         task.open_items -= count
         if task.open_items == 0:
             del self._tasks[task.no]
@@ -434,7 +444,8 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     SENT: {
         "CANCEL": ClientState._ask,
         "RESULT": ClientState._deliver,
-        # The answer to a request that a later CancelFailed has already closed: soft refused, forced answered, and the like.
+        # The answer to a request that a later CancelFailed has already closed: soft refused, forced answered, and the
+        # like.
         "CONFIRM": ClientState._stale_confirm,
     },
     CANCELING: {

@@ -1,11 +1,12 @@
 """Messages to packets and back.
 
-A packet is a header (the message in msgpack) and the frames that are too large to stand in it. On a stream it is written as
+A packet is a header (the message in msgpack) and the frames that are too large to stand in it. On a stream it is
+written as
 
     u32 header length, u32 number of frames, u64 length of each frame, header, frames
 
-This module knows that layout, the limits and which rows carry payloads; it does no I/O. Decoding is safe on input from anyone: what is not a valid
-message of the expected kinds raises RemoteProtocolError and has no other effect.
+This module knows that layout, the limits and which rows carry payloads; it does no I/O. Decoding is safe on input
+from anyone: what is not a valid message of the expected kinds raises RemoteProtocolError and has no other effect.
 """
 
 from __future__ import annotations

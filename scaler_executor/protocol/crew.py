@@ -1,6 +1,7 @@
 """What an agent keeps of its calls and workers, and how it shares the calls out.
 
-`agent` decides what events mean; this module holds the rows, and the policy of who is given how many calls at once. Times are seconds.
+`agent` decides what events mean; this module holds the rows, and the policy of who is given how many calls at once.
+Times are seconds.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from scaler_executor.protocol.page import RING_SLOTS
 CallState = Literal["QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING", "GONE"]
 WorkerState = Literal["FORKING", "STARTING", "READY", "LEAVING"]
 
-#: A worker is given calls in portions of so much expected work, and a further portion while it has no more than one. Together they are
-#: what a call waits at most behind short ones.
+#: A worker is given calls in portions of so much expected work, and a further portion while it has no more than one.
+#: Together they are what a call waits at most behind short ones.
 PORTION_S: Final = 0.005
 #: A portion has no more calls than this, however short they are.
 PORTION_CALLS: Final = 400
@@ -144,7 +145,8 @@ class Crew:
         return 1 << 40 if self.max_items_per_worker is None else self.max_items_per_worker - worker.items_given
 
     def choose(self, call: Call) -> Worker | None:
-        """Return the worker that should have `call`: an idle one, or one that will soon be if the call is known to be short."""
+        """Return the worker that should have `call`: an idle one, or one that will soon be if the call is known to be
+        short."""
         for worker in reversed(self.idle.values()):
             if worker.client_id == call.client_id:
                 return worker

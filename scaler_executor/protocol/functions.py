@@ -1,7 +1,8 @@
 """Which functions the next process already has.
 
-Client to scheduler, scheduler to agent, agent to worker: each hop sends a function before its first use and tells the receiver to forget it when the
-sender forgets that it was sent. The sender decides alone, so both always agree, and neither grows without bound.
+Client to scheduler, scheduler to agent, agent to worker: each hop sends a function before its first use and tells the
+receiver to forget it when the sender forgets that it was sent. The sender decides alone, so both always agree, and
+neither grows without bound.
 """
 
 from __future__ import annotations

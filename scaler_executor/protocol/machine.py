@@ -1,7 +1,8 @@
 """What the three state machines have in common: the cells of a table that lead nowhere, and the story of a task.
 
-A table is a literal `{state: {event: method}}`. Where an event cannot happen the cell says whose mistake it would be: `peer_error` (the peer broke the
-protocol: its connection is closed) or `forbidden` (we did: a bug, the process stops). `ignore` is for events that are right and change nothing.
+A table is a literal `{state: {event: method}}`. Where an event cannot happen the cell says whose mistake it would be:
+`peer_error` (the peer broke the protocol: its connection is closed) or `forbidden` (we did: a bug, the process
+stops). `ignore` is for events that are right and change nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Transition(NamedTuple):
 class Story:
     """The last transitions of a machine.
 
-    The steps that every task takes (submitted, assigned, result) are not kept: they cost as much as the rest of the work on a call
-    and say nothing that the task's state does not.
+    The steps that every task takes (submitted, assigned, result) are not kept: they cost as much as the rest of the
+    work on a call and say nothing that the task's state does not.
     """
 
     def __init__(self) -> None:
@@ -68,5 +69,6 @@ def check_table(table: dict[str, dict[str, Any]], states: Iterable[str], events:
 
 
 def unreachable(value: NoReturn) -> NoReturn:
-    """Close a dispatch: a type checker complains if a case is missing. As `typing.assert_never`, which Python 3.10 lacks."""
+    """Close a dispatch: a type checker complains if a case is missing. As `typing.assert_never`, which Python 3.10
+    lacks."""
     raise AssertionError(f"bug: {value!r} is not handled")

@@ -1,13 +1,14 @@
 """The messages that client, scheduler, agent, worker and forker exchange.
 
-This module knows the shape of every message and nothing of how it travels (`codec`) or what it causes (`client`, `scheduler`, `agent`).
-One message carries many rows, because batches form by themselves: a busy loop finds more waiting each time it looks. The rows that
-occur once per call are plain tuples, described below; everything else is a typed struct.
+This module knows the shape of every message and nothing of how it travels (`codec`) or what it causes (`client`,
+`scheduler`, `agent`). One message carries many rows, because batches form by themselves: a busy loop finds more
+waiting each time it looks. The rows that occur once per call are plain tuples, described below; everything else is a
+typed struct.
 
-Numbers. A client numbers its items 1, 2, 3...; a *task* is a run of 1..n consecutive items of one function and is called by the number
-of its first item (`no`). The scheduler adds the client's base (`client_id << CLIENT_ID_SHIFT`) to get the cluster-wide `task_id`. A run that is split
-at an item leaves the head under its own number and makes the tail a task with the number of *its* first item, so that no new
-number is ever needed and two tasks never share one.
+Numbers. A client numbers its items 1, 2, 3...; a *task* is a run of 1..n consecutive items of one function and is
+called by the number of its first item (`no`). The scheduler adds the client's base (`client_id << CLIENT_ID_SHIFT`)
+to get the cluster-wide `task_id`. A run that is split at an item leaves the head under its own number and makes the
+tail a task with the number of *its* first item, so that no new number is ever needed and two tasks never share one.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import msgspec
 
 PROTOCOL_VERSION: Final = 1
 
-#: A task_id is `client_id << CLIENT_ID_SHIFT | no`: room for 2**40 items a client and 2**23 clients in a signed 64-bit word.
+#: A task_id is `client_id << CLIENT_ID_SHIFT | no`: room for 2**40 items a client and 2**23 clients in a signed
+#: 64-bit word.
 CLIENT_ID_SHIFT: Final = 40
 
 
 class Frames:
-    """A payload too large to stand inside a message: buffers that travel beside it, in order, and are never copied on the way.
+    """A payload too large to stand inside a message: buffers that travel beside it, in order, and are never copied on
+    the way.
 
     The first is the pickle, the others are its out-of-band buffers (PEP 574).
     """
@@ -47,7 +50,8 @@ class Frames:
     __hash__ = None  # type: ignore[assignment]
 
 
-#: Bytes of a call's or a result's pickle, or `Frames`. On the wire a `Frames` is an extension value that counts its buffers.
+#: Bytes of a call's or a result's pickle, or `Frames`. On the wire a `Frames` is an extension value that counts its
+#: buffers.
 Payload: TypeAlias = "bytes | Frames"
 WirePayload: TypeAlias = bytes | msgspec.msgpack.Ext
 
@@ -86,7 +90,8 @@ class CallStyle(IntEnum):
 
 
 class Options(msgspec.Struct, array_like=True, frozen=True):
-    """What holds for each call of a function as it was registered; only `cancel_grace_s` and `retries` have an effect today."""
+    """What holds for each call of a function as it was registered; only `cancel_grace_s` and `retries` have an effect
+    today."""
 
     retries: int = 0
     timeout_s: float | None = None
@@ -130,16 +135,16 @@ class DeathReport(msgspec.Struct, array_like=True):
 
 #: Client to scheduler, one submitted task: (no, items, function_id, payload).
 TaskRow: TypeAlias = tuple[int, int, int, WirePayload]
-#: Scheduler to agent: (task_id, attempt, client_id, items, skip, function_id, payload). The payload may be that of a longer run: the
-#: task's items are those from number `skip` on.
+#: Scheduler to agent: (task_id, attempt, client_id, items, skip, function_id, payload). The payload may be that of a
+#: longer run: the task's items are those from number `skip` on.
 RunRow: TypeAlias = tuple[int, int, int, int, int, int, WirePayload]
 #: Client to scheduler: (no, cancel_no, kind); scheduler to agent the same with task_id.
 CancelRow: TypeAlias = tuple[int, int, int]
-#: To the client: (no, cancel_no, type, first, count, proven). Items [first, first + count) of the submitted task `no` are meant.
-#: Not `proven`: the machine that ran it is out of reach.
+#: To the client: (no, cancel_no, type, first, count, proven). Items [first, first + count) of the submitted task `no`
+#: are meant. Not `proven`: the machine that ran it is out of reach.
 ClientConfirmRow: TypeAlias = tuple[int, int, int, int, int, bool]
-#: Agent to scheduler: (task_id, attempt, cancel_no, type, at). CANCELED with 0 < at: the run was split, its items from number `at` on are
-#: taken back, those before run on.
+#: Agent to scheduler: (task_id, attempt, cancel_no, type, at). CANCELED with 0 < at: the run was split, its items
+#: from number `at` on are taken back, those before run on.
 AgentConfirmRow: TypeAlias = tuple[int, int, int, int, int]
 #: To the client: (no, first, count, kind, payload).
 ClientResultRow: TypeAlias = tuple[int, int, int, int, WirePayload]
@@ -222,7 +227,8 @@ class TaskResult(Message, tag=9):
 
 
 class TaskRunning(Message, tag=10):
-    """These have been running for some milliseconds. It may lag; a settled task implies it. Scheduler to client: numbers `no`."""
+    """These have been running for some milliseconds. It may lag; a settled task implies it. Scheduler to client:
+    numbers `no`."""
 
     tasks: list[int]
 
@@ -327,7 +333,8 @@ class InterruptWorker(Message, tag=32):
 class FreezeWorker(Message, tag=33):
     """Agent to forker: freeze, look; kill if `kill_seq` is in progress, else take back and continue.
 
-    Taken back are the calls of `revoke` that have not been claimed and, if `split_seq` is the run in progress, its items that have not been claimed.
+    Taken back are the calls of `revoke` that have not been claimed and, if `split_seq` is the run in progress, its
+    items that have not been claimed.
     """
 
     worker_id: int
@@ -359,8 +366,8 @@ class WorkerForkFailed(Message, tag=36):
 class WorkerFrozen(Message, tag=37):
     """Forker to agent: what the page of the frozen worker said.
 
-    `killed`: `kill_seq` was in progress and its process group has been sent SIGKILL; `WorkerExited` follows. `stuck`: the worker did not stop,
-    or did not die, within the deadline.
+    `killed`: `kill_seq` was in progress and its process group has been sent SIGKILL; `WorkerExited` follows. `stuck`:
+    the worker did not stop, or did not die, within the deadline.
     """
 
     worker_id: int

@@ -1,7 +1,8 @@
 """The page of memory that a worker shares with its agent and its forker, and the records in its result pipe.
 
-The page is an array of native, aligned 64-bit words (`memoryview.cast("q")`): a word cannot be torn by a stop. It tells, at any moment at which the
-worker is frozen or dead, which calls are over, which one is in progress and which have not been started.
+The page is an array of native, aligned 64-bit words (`memoryview.cast("q")`): a word cannot be torn by a stop. It
+tells, at any moment at which the worker is frozen or dead, which calls are over, which one is in progress and which
+have not been started.
 
 The worker's side, for each call, in this order:
 
@@ -11,9 +12,9 @@ The worker's side, for each call, in this order:
     write the result into the pipe            # crash-proof from here on
     page[DONE] = seq
 
-Claim before look: a freezer that sees `CURRENT < seq` may take `seq` back, since the worker has yet to look; one that sees `CURRENT == seq` may
-not. Before it claims a run of items the worker writes ITEM = 0 and STOP = items; inside the run each item is claimed the same way: ITEM = i,
-then look at i < STOP, then run it, then write its result.
+Claim before look: a freezer that sees `CURRENT < seq` may take `seq` back, since the worker has yet to look; one that
+sees `CURRENT == seq` may not. Before it claims a run of items the worker writes ITEM = 0 and STOP = items; inside the
+run each item is claimed the same way: ITEM = i, then look at i < STOP, then run it, then write its result.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ CURRENT: Final = 0
 DONE: Final = 1
 #: Item of the current run claimed last, counted from the first one of the row. Written by the worker.
 ITEM: Final = 2
-#: Items of the current run from this one on must not be started. Written by the worker before it claims a run, lowered by the forker
-#: while the worker is frozen inside it.
+#: Items of the current run from this one on must not be started. Written by the worker before it claims a run,
+#: lowered by the forker while the worker is frozen inside it.
 STOP: Final = 3
 #: The call that is to be stopped softly. Written by the forker before it signals.
 INTERRUPT: Final = 4
@@ -43,12 +44,13 @@ PAGE_BYTES: Final = 8 * PAGE_WORDS
 
 
 def slot(seq: int) -> int:
-    """Return the index of the word that holds `seq` while the call is allowed to start; the agent writes it before it sends the call."""
+    """Return the index of the word that holds `seq` while the call is allowed to start; the agent writes it before it
+    sends the call."""
     return HEADER_WORDS + seq % RING_SLOTS
 
 
-#: Head of a record in the result pipe: body length in bytes, seq, item, number of frames, kind. With frames the body begins with
-#: the length of each of them as an unsigned 64-bit word; frame 0 is the pickle.
+#: Head of a record in the result pipe: body length in bytes, seq, item, number of frames, kind. With frames the body
+#: begins with the length of each of them as an unsigned 64-bit word; frame 0 is the pickle.
 RECORD: Final = Struct("<QQIHBx")
 RECORD_BYTES: Final = RECORD.size
 

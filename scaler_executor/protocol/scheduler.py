@@ -1,7 +1,8 @@
 """The scheduler: routes tasks from clients to agents and holds the state of every accepted task.
 
-It alone makes attempts, knows `retries` and answers cancels. It does not know workers (an agent does), never looks into a payload, and does no I/O.
-The table at the end of this file is the heart of it; each odd-looking cell names the race that needs it.
+It alone makes attempts, knows `retries` and answers cancels. It does not know workers (an agent does), never looks
+into a payload, and does no I/O. The table at the end of this file is the heart of it; each odd-looking cell names the
+race that needs it.
 
 One task is in exactly one of these states:
 
@@ -85,14 +86,16 @@ FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
 
 
 class Received(msgspec.Struct):
-    """A message came from a peer, whose first one is Hello. Peers are called by numbers that the caller never uses again."""
+    """A message came from a peer, whose first one is Hello. Peers are called by numbers that the caller never uses
+    again."""
 
     peer: int
     message: ClientMessage | AgentMessage
 
 
 class PeerLost(msgspec.Struct):
-    """A peer is gone for good. `stopped`: none of its code runs any more, as is known of a process that died on this machine."""
+    """A peer is gone for good. `stopped`: none of its code runs any more, as is known of a process that died on this
+    machine."""
 
     peer: int
     reason: str
@@ -148,7 +151,15 @@ class Task:
     recall_refused: bool = False
 
     def __init__(
-        self, task_id: int, client: Client, no: int, offset: int, items: int, skip: int, function: Function, payload: Any
+        self,
+        task_id: int,
+        client: Client,
+        no: int,
+        offset: int,
+        items: int,
+        skip: int,
+        function: Function,
+        payload: Any,
     ) -> None:
         self.task_id = task_id
         self.client = client
@@ -477,7 +488,8 @@ class SchedulerState:
         if kind == CANCELED:
             if not (task.start <= at < task.items):
                 raise RemoteProtocolError(f"Canceled from item {at} on, of {task.start} to {task.items}")
-            # The number is not looked at: an agent that says Canceled to whatever request does not have the items any more.
+            # The number is not looked at: an agent that says Canceled to whatever request does not have the items any
+            # more.
             self._step(task, "CANCELED", at)
         elif cancel_no != task.agent_cancel_no:
             self.stale += 1  # a newer request is out, this one's failure says nothing about it
@@ -521,8 +533,8 @@ class SchedulerState:
         task.user_cancel_no, task.kind = cancel_no, kind
 
     def _forward(self, task: Task, first: int, count: int, kind: int, payload: Any) -> None:
-        # Also in CANCELING: the call ended while the request was on its way, and its result is the answer. Dropping it would leave the
-        # user waiting for a confirm that no agent will send.
+        # Also in CANCELING: the call ended while the request was on its way, and its result is the answer. Dropping
+        # it would leave the user waiting for a confirm that no agent will send.
         if first != task.start or count < 1 or first + count > task.items:
             raise RemoteProtocolError(f"items {first}+{count} of {task.start} to {task.items}")
         client = task.client
@@ -675,7 +687,14 @@ class SchedulerState:
     def _split_off(self, task: Task, at: int) -> Task:
         """Make the items of `task` from `at` on a task of their own, held by nobody, of the same attempt."""
         tail = Task(
-            task.task_id + at, task.client, task.no, task.offset + at, task.items - at, task.skip + at, task.function, task.payload
+            task.task_id + at,
+            task.client,
+            task.no,
+            task.offset + at,
+            task.items - at,
+            task.skip + at,
+            task.function,
+            task.payload,
         )
         tail.attempt, tail.deaths = task.attempt, task.deaths
         task.items = at
@@ -789,7 +808,9 @@ class SchedulerState:
                 function = task.function
                 if function.function_id and known.need((client_id, function.function_id)):
                     agent.functions.append((client_id, function))
-            runs.append((task.task_id, task.attempt, client_id, task.items, task.skip, function.function_id, task.payload))
+            runs.append(
+                (task.task_id, task.attempt, client_id, task.items, task.skip, function.function_id, task.payload)
+            )
         agent.held += assigned
         self._touched[agent] = None
 
