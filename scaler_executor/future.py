@@ -357,7 +357,9 @@ class ScalerFuture(Future[T]):
                 self._condition.notify_all()
                 has_callbacks = bool(fields.get("_done_callbacks"))
         if before in _DONE:
-            raise InvalidStateError(f"{before}: {self!r}")
+            if outcome is not None:
+                raise InvalidStateError(f"{before}: {self!r}")
+            return  # somebody outside has settled it
         if ask is not None:
             ask.answered.set()
         if has_callbacks:
@@ -482,19 +484,38 @@ def make_future(owner: FutureOwner, task_no: int, call_name: str) -> ScalerFutur
     return future
 
 
-def cancel_all(futures: Iterable[Future[Any]], timeout: float | DefaultTimeout | None, *, force: bool) -> bool:
-    """Cancel each as `ScalerFuture.cancel` does, with one message and one wait per executor. Return True."""
+def cancel_all(
+    futures: Iterable[Future[Any]],
+    timeout: float | DefaultTimeout | None,
+    *,
+    force: bool,
+    others: Iterable[tuple[FutureOwner, threading.Event]] = (),
+) -> bool:
+    """Cancel each as `ScalerFuture.cancel` does, with one message and one wait per executor.
+
+    Args:
+        futures: Of any executors.
+        timeout: As `ScalerFuture.cancel`, for all together.
+        force: As `ScalerFuture.cancel`.
+        others: Requests that have been passed on, to be waited for as well.
+
+    Returns:
+        True.
+    """
     kind = CancelKind.FORCED if force else CancelKind.SOFT
-    asks: list[_Ask] = []
+    answers: list[threading.Event] = []
     requests: dict[FutureOwner, list[tuple[int, CancelKind]]] = {}
     may_wait = True
+    for owner, answer in others:
+        requests.setdefault(owner, [])
+        answers.append(answer)
     for future in futures:
         if not isinstance(future, ScalerFuture):
             future.cancel()
             continue
         ask = future._begin_cancel(kind)
         if ask is not None:
-            asks.append(ask)
+            answers.append(ask.answered)
             cancels = requests.setdefault(future._owner, [])
             # Also if another thread has asked for the same and not come this far: it may have been interrupted.
             if ask.passed_on < kind:
@@ -503,27 +524,26 @@ def cancel_all(futures: Iterable[Future[Any]], timeout: float | DefaultTimeout |
     for owner, cancels in requests.items():
         if cancels:
             owner.ask_cancel(cancels)
-    if asks and may_wait and all(owner.may_wait() for owner in requests):
+    if answers and may_wait and all(owner.may_wait() for owner in requests):
         limits = [owner.cancel_timeout_s for owner in requests]
-        _wait_for_answers(asks, timeout, min((limit for limit in limits if limit is not None), default=None))
+        _wait_for(answers, timeout, min((limit for limit in limits if limit is not None), default=None))
     return True
 
 
-def _wait_for_answers(asks: list[_Ask], timeout: float | DefaultTimeout | None, default: float | None) -> None:
+def _wait_for(answers: list[threading.Event], timeout: float | DefaultTimeout | None, default: float | None) -> None:
     turn = None
-    if timeout is DEFAULT_TIMEOUT:
+    if isinstance(timeout, DefaultTimeout):
         timeout = default
         turn = _LoopTurn.current()
         if turn is not None:
             timeout = turn.left_s if timeout is None else min(turn.left_s, timeout)
-    assert not isinstance(timeout, DefaultTimeout)
     start = time.monotonic()
     try:
-        for ask in asks:
+        for answer in answers:
             left = None if timeout is None else timeout - (time.monotonic() - start)
             if left is not None and left <= 0:
                 return
-            ask.answered.wait(left)
+            answer.wait(left)
     finally:
         if turn is not None:
             turn.left_s -= time.monotonic() - start

@@ -1,0 +1,211 @@
+"""ScalerExecutor: the standard library's executor interface.
+
+It checks arguments as ProcessPoolExecutor does, in its words, and decides which cluster to start. Everything behind
+`submit` is the client's (`scaler_executor.runtime.client`), everything behind `map` is in `scaler_executor.mapping`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from scaler_executor.future import DEFAULT_TIMEOUT, DefaultTimeout, ScalerFuture, cancel_all
+from scaler_executor.mapping import MapCall
+from scaler_executor.runtime.calls import CallPickler, main_baseline
+from scaler_executor.runtime.client import ClientFutureManager, wait_until_ended
+from scaler_executor.runtime.platform import cpu_count_usable
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+    from typing_extensions import ParamSpec, Self
+
+    P = ParamSpec("P")
+
+T = TypeVar("T")
+
+#: Seconds that `cancel()` waits for its confirmation unless told otherwise.
+CANCEL_TIMEOUT_S: Final = 30.0
+#: Seconds that a cancelled call has to unwind before its process is killed.
+CANCEL_GRACE_S: Final = 1.0
+
+
+class ScalerExecutor(Executor):
+    """Runs calls in worker processes.
+
+    As `concurrent.futures.ProcessPoolExecutor`, except that futures are `ScalerFuture`s, whose `cancel()` stops running
+    code, and that the death of a worker costs only the call that it was in (WorkerDiedError). All methods are
+    thread-safe.
+
+    Args:
+        max_workers: The most workers at once; None for the number of CPUs that this process may use: its affinity, or
+            its cgroup's quota rounded up where that is less. Workers are started when there is work for them.
+        mp_context: A multiprocessing context, of which only the start method counts: with "fork" workers are forks of
+            this process as it is now, with any other they start from a fresh interpreter. None for the interpreter's
+            default. No start method imports `__main__` again.
+        initializer: Called in each worker before its first call. If it fails no worker can be started, and calls end
+            with WorkerStartError.
+        initargs: Arguments for `initializer`.
+        max_tasks_per_child: A worker is replaced after so many calls; None for never. Not with "fork"; without
+            `mp_context` it means "spawn".
+        cancel_timeout: Seconds that `ScalerFuture.cancel` waits by default, None for no limit.
+        cancel_grace: Seconds that a cancelled call has to unwind before its process group is killed; 0: none.
+
+    Raises:
+        ValueError: As ProcessPoolExecutor; also for a negative `cancel_timeout` or `cancel_grace`.
+        TypeError: As ProcessPoolExecutor.
+        OSError: The processes could not be started.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        cancel_timeout: float | None = CANCEL_TIMEOUT_S,
+        cancel_grace: float = CANCEL_GRACE_S,
+    ) -> None:
+        if max_workers is None:
+            max_workers = cpu_count_usable()
+        elif max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        start_method = _resolve_start_method(mp_context, max_tasks_per_child)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            elif max_tasks_per_child <= 0:
+                raise ValueError("max_tasks_per_child must be >= 1")
+            if start_method == "fork":
+                raise ValueError(
+                    "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method;"
+                    " supply a different mp_context."
+                )
+        if cancel_timeout is not None and cancel_timeout < 0:
+            raise ValueError("cancel_timeout must be >= 0")
+        if cancel_grace < 0:
+            raise ValueError("cancel_grace must be >= 0")
+        self._max_workers = max_workers
+        baseline = main_baseline() if start_method == "fork" else None
+
+        # Not at the top: this is the one place that needs the means to start processes.
+        from scaler_executor.runtime.cluster import EmbeddedCluster
+
+        cluster = EmbeddedCluster(
+            max_workers, start_method, initializer, initargs, mp_context, max_tasks_per_child, cancel_grace
+        )
+        self._client = ClientFutureManager(cluster, CallPickler(baseline), cancel_timeout_s=cancel_timeout)
+        self._client.close_with(self)
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers at once."""
+        return self._max_workers
+
+    # `fn` and `self` are positional only, so that calls may have keyword arguments of these names.
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> ScalerFuture[T]:
+        """As `Executor.submit`. The call is pickled now, in this thread: later changes of its arguments do not count.
+
+        Raises:
+            RuntimeError: The executor has been shut down, or this process is a fork of the one that made it.
+            BrokenExecutor: SchedulerLostError or WorkerStartError.
+        """
+        return self._client.submit(fn, args, kwargs)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """As `Executor.map`. How many items travel together is decided by their size and duration.
+
+        An iterator that is closed, or that raised, takes back the items that have not started; those that run,
+        complete. One that is never read takes back nothing.
+
+        Args:
+            fn: Called with one item of each iterable.
+            iterables: Read at once unless `buffersize` is given.
+            timeout: Seconds from now until the last result is there, None for no limit.
+            chunksize: If more than 1, at most so many items travel together.
+            buffersize: The most items that are read ahead of the consumer; the iterables may then be endless.
+
+        Raises:
+            ValueError: `chunksize` or `buffersize` is less than 1.
+            TypeError: `buffersize` is not an integer.
+            RuntimeError, BrokenExecutor: As `submit`.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        end_time = None if timeout is None else timeout + time.monotonic()
+        self._client.check_open()
+        call = MapCall(self._client, self._max_workers, fn, iterables, chunksize=chunksize, buffersize=buffersize)
+        try:
+            call.fill()
+        except BaseException:
+            call.take_back()
+            raise
+        return call.results(end_time)
+
+    def cancel(
+        self,
+        futures: Iterable[Future[Any]],
+        timeout: float | DefaultTimeout | None = DEFAULT_TIMEOUT,
+        *,
+        force: bool = True,
+    ) -> bool:
+        """Cancel each future as `ScalerFuture.cancel` does, with one message and one wait for all. Return True."""
+        return cancel_all(futures, timeout, force=force)
+
+    def clear(self) -> None:
+        """Cancel all calls that are outstanding, by force, and wait as `ScalerFuture.cancel`. It stays usable."""
+        self._client.clear(DEFAULT_TIMEOUT)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As `Executor.shutdown`. `cancel_futures` takes back what has not started; what runs, completes."""
+        self._client.close()
+        if cancel_futures:
+            self._client.take_back()
+        if wait:
+            self._client.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        """As `Executor.__exit__`; after a KeyboardInterrupt all calls are stopped, at a second one killed."""
+        self._client.close()
+        wait_until_ended(self._client, interrupted=exc_type is not None and issubclass(exc_type, KeyboardInterrupt))
+        return None
+
+
+def _resolve_start_method(mp_context: BaseContext | None, max_tasks_per_child: int | None) -> str:
+    if mp_context is not None:
+        return mp_context.get_start_method(allow_none=False)
+    if max_tasks_per_child is not None:
+        return "spawn"
+    context = sys.modules.get("multiprocessing.context")
+    if context is not None:
+        return context._default_context.get_start_method()  # type: ignore[no-any-return]
+    # Nobody has imported multiprocessing, so nobody has chosen, and to import it takes longer than this: its default.
+    if sys.platform.startswith("linux") and sys.version_info < (3, 14):
+        return "fork"
+    import multiprocessing
+
+    return multiprocessing.get_start_method()

@@ -1,0 +1,761 @@
+"""The client's part in the user's process: numbers the calls, carries them to the scheduler and settles their futures.
+
+It knows sockets, threads and futures. What a message means it asks `protocol.client`; what a payload means only readers
+of results know.
+
+Two threads. The I/O thread speaks to the scheduler and settles futures; it runs no user code, so nothing a user does
+can keep other calls from being answered. Futures that have done-callbacks are settled like others and then handed to
+the callback thread, which calls them in that order and may be blocked by them as long as they like.
+
+Callers add to `_batch` under `_lock`, a short lock that also keeps numbers, functions and their evictions in order. The
+I/O thread takes the whole batch at once, so that batches form by themselves while it is busy, and callers ring its bell
+only when it sleeps. Who rings is decided by `_asleep`: a list that the I/O thread makes anew before it looks at the
+batch for the last time and goes to sleep. A caller that finds it not empty rings and then empties that very list, so
+being late, or interrupted by Ctrl-C between the two, can only ring once too often.
+
+A caller that has the only outstanding call writes it to the socket itself: one switch of threads less. The I/O thread
+must learn of that call in any case, and exactly once, even if Ctrl-C hits anywhere in between; see `_Direct`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from scaler_executor.future import CancelOutcome, DefaultTimeout, ScalerFuture, cancel_all, make_future
+from scaler_executor.protocol.client import (
+    REST,
+    Batch,
+    Broken,
+    Cancelled,
+    CancelRefused,
+    Cause,
+    ClientState,
+    CloseAsked,
+    Closed,
+    Deliver,
+    Event,
+    Finished,
+    Instruction,
+    Lost,
+    Received,
+    Running,
+    SchedulerLost,
+    Send,
+)
+from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
+from scaler_executor.protocol.machine import unreachable
+from scaler_executor.protocol.messages import (
+    CallStyle,
+    CancelKind,
+    ClientResultRow,
+    Hello,
+    Message,
+    Payload,
+    TaskRow,
+    TaskSubmit,
+    ToClientMessage,
+    Welcome,
+)
+from scaler_executor.runtime.calls import CallPickler, name_of
+from scaler_executor.runtime.functions import FunctionTable, PreparedFunction
+from scaler_executor.runtime.platform import Bell
+from scaler_executor.runtime.results import LOST
+from scaler_executor.runtime.transport import StreamReader, StreamWriter
+
+if TYPE_CHECKING:
+    import socket
+
+#: A TaskSubmit carries at most so many tasks: the scheduler starts on the first while the next is being encoded.
+TASKS_PER_MESSAGE: Final = 1000
+#: After so many messages the I/O thread looks for answers before it sends more.
+MESSAGES_PER_TURN: Final = 16
+#: A caller writes its call itself up to this size.
+DIRECT_BYTES: Final = 1 << 14
+#: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why.
+END_S: Final = 1.0
+
+
+class Cluster(Protocol):
+    """What the client needs of the processes that it owns."""
+
+    socket: socket.socket
+    death_fd: int
+
+    def join(self) -> str:
+        """Wait until the processes are gone, release everything, return how they ended."""
+
+    def kill(self) -> None:
+        """Kill the processes."""
+
+    def close(self) -> None:
+        """Close the descriptors, nothing else."""
+
+
+class Run(Protocol):
+    """The items of a map that were submitted together. Called by the I/O thread."""
+
+    task_no: int
+
+    @property
+    def is_over(self) -> bool:
+        """Whether each item has a result or is cancelled."""
+
+    @property
+    def over(self) -> threading.Event:
+        """Is set when the run is over."""
+
+    def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
+        """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
+
+    def set_items_cancelled(self, first: int, count: int) -> None:
+        """Note that these items end cancelled; `first` as above."""
+
+
+class _Direct:
+    """A call that its caller writes to the socket itself.
+
+    `self.sent[:] = map(send, (packet,))` writes and notes how much was written within one bytecode: Python's signal
+    handlers run between bytecodes, so a Ctrl-C leaves either both or neither.
+    """
+
+    __slots__ = ("packet", "row", "sent")
+
+    def __init__(self, row: TaskRow, packet: bytes) -> None:
+        self.row = row
+        self.packet = packet
+        self.sent: list[int] = []
+
+    def is_sent(self) -> bool:
+        return self.sent == [len(self.packet)]
+
+
+class ClientFutureManager:
+    """The client. Thread-safe.
+
+    Args:
+        cluster: Started; the client waits for its end.
+        pickler: Pickles calls and functions.
+        cancel_timeout_s: How long `cancel()` waits by default, None for no limit.
+    """
+
+    def __init__(self, cluster: Cluster, pickler: CallPickler, *, cancel_timeout_s: float | None) -> None:
+        self.cancel_timeout_s = cancel_timeout_s
+        self.pickler = pickler
+        self._cluster = cluster
+        #: Makes the exception with which new calls are refused; None while they are accepted. Changed under `_lock`.
+        self._refusal: Callable[[], Exception] | None = None
+        #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
+        self._lock = threading.RLock()
+        self._functions = FunctionTable(pickler)
+        #: Ids that have not been forgotten. Under `_lock`.
+        self._live_functions: set[int] = set()
+        self._last_no = 0
+        #: What the I/O thread has not taken yet. Under `_lock`.
+        self._batch = Batch()
+        #: See `_Direct`. Set under `_lock`, taken by the I/O thread under `_io_lock`.
+        self._direct: _Direct | None = None
+        #: {no: future}, {no: run}: everything that has no final answer. Added to under `_lock`, removed from by the I/O
+        #: thread.
+        self._futures: dict[int, ScalerFuture[Any]] = {}
+        self._runs: dict[int, Run] = {}
+        self._close_asked = False
+        self._is_exiting = False
+        #: Whether the I/O thread has ended and the bell is gone. Under `_lock`.
+        self._has_ended = False
+
+        #: Held by whoever uses the socket, the encoders or `_state`.
+        self._io_lock = threading.RLock()
+        self._state = ClientState()
+        self._encoder = Encoder()
+        self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage)
+        self._reader = StreamReader(cluster.socket)
+        self._writer = StreamWriter(cluster.socket)
+        self._send = cluster.socket.send
+        self._outgoing: deque[Message] = deque([Hello("client", python=sys.version.split()[0])])
+        #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outgoing` or `_writer`.
+        self._is_direct_possible = False
+        self._is_welcome = False
+        #: The state has said Bye, or knows that the scheduler is lost: it takes no more events.
+        self._is_closed = False
+        self._close_told = False
+        #: How the cluster ended, once it has been joined.
+        self._end_reason: str | None = None
+
+        #: See the top of the file.
+        self._asleep: list[bool] = []
+        self._bell = Bell.create()
+        self._callbacks: SimpleQueue[ScalerFuture[Any] | None] = SimpleQueue()
+        self._callback_thread: threading.Thread | None = None
+        self._owner: Any = None
+        self._thread = threading.Thread(target=self._run, name="scaler-executor-client", daemon=True)
+        _MANAGERS[id(self)] = self
+        self._thread.start()
+
+    def close_with(self, owner: object) -> None:
+        """Close when `owner` is garbage."""
+        self._owner = weakref.ref(owner, lambda _: self.close())
+
+    # For callers, in any thread
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child."""
+        if self._refusal is _refuse_child:
+            raise _refuse_child()
+
+    def check_open(self) -> None:
+        """Raise what a new call would raise."""
+        if self._refusal is not None:
+            raise self._refusal()
+
+    def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+        """Pickle and queue a call. What does not pickle is set on the future.
+
+        Raises:
+            RuntimeError: Closed, broken, lost or forked.
+        """
+        if self._refusal is not None:
+            raise self._refusal()
+        prepared: PreparedFunction | None = None
+        try:
+            if not isinstance(function, _DEFINITIONS):
+                prepared = self._functions.prepare(function, CallStyle.CALL)
+            if prepared is not None and prepared.blob is None:
+                payload = self.pickler.dumps_call((function, args, kwargs))
+            else:
+                payload = self.pickler.dumps_call((args, kwargs))
+        except Exception as error:
+            return _failed_future(error)
+        name = name_of(function)
+        if prepared is None:
+            future = self._submit_known(function, name, payload)
+            if future is not None:
+                return future
+            try:
+                prepared = self._functions.prepare(function, CallStyle.CALL)
+                if prepared.blob is None:
+                    payload = self.pickler.dumps_call((function, args, kwargs))
+            except Exception as error:
+                return _failed_future(error)
+        with self._lock:
+            function_id = self._register(prepared)
+            no = self._take_numbers(1)
+            future = self._futures[no] = make_future(self, no, name)
+            self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
+        if self._asleep:
+            self._wake()
+        return future
+
+    def submit_run(self, prepared: PreparedFunction, function_id: int, items: int, payload: Payload, run: Run) -> int:
+        """Queue a run and number it. Return the function's id, for the next run of the same map.
+
+        Args:
+            prepared: The function, style MAP.
+            function_id: What the last call returned for this function, 0 at first.
+            items: Number of items in the payload.
+            payload: From `CallPickler.dumps_run`.
+            run: Is told what becomes of the items.
+
+        Raises:
+            RuntimeError: Closed, broken, lost or forked.
+        """
+        with self._lock:
+            if function_id not in self._live_functions:
+                function_id = self._register(prepared)
+            no = run.task_no = self._take_numbers(items)
+            self._runs[no] = run
+            self._batch.tasks.append((no, items, function_id, payload))  # type: ignore[arg-type]
+        if self._asleep:
+            self._wake()
+        return function_id
+
+    def prepare(self, function: Any) -> PreparedFunction:
+        """Make a function ready for `submit_run`; raises what does not pickle."""
+        return self._functions.prepare(function, CallStyle.MAP)
+
+    def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
+        """Pass cancel requests on, by task number. Never waits."""
+        self.check_process()
+        with self._lock:
+            self._batch.cancels += cancels
+        if self._asleep:
+            self._wake()
+
+    def may_wait(self) -> bool:
+        """Tell whether this thread may wait for an answer."""
+        return not (
+            self._is_exiting
+            or threading.get_ident() == self._thread.ident
+            or sys.is_finalizing()
+            # A signal handler or finalizer that interrupted this thread in here: the answer could not come.
+            or self._lock._is_owned()  # type: ignore[attr-defined]
+            or self._io_lock._is_owned()  # type: ignore[attr-defined]
+        )
+
+    def call_back(self, future: ScalerFuture[Any]) -> None:
+        """Have the future's callbacks called."""
+        self._callbacks.put(future)
+        with self._lock:
+            if self._callback_thread is not None:
+                return
+            self._callback_thread = threading.Thread(
+                target=_run_callbacks, args=(self._callbacks,), name="scaler-executor-callbacks", daemon=True
+            )
+        self._callback_thread.start()
+
+    def take_back(self, tasks: list[int] | None = None) -> None:
+        """Cancel what has not started, of these tasks or of all, without waiting. What runs, completes."""
+        if self._refusal is _refuse_child:
+            return
+        if tasks is None:
+            with self._lock:
+                tasks = [*self._futures, *self._runs]
+        if tasks:
+            self.ask_cancel([(no, CancelKind.SOFT) for no in tasks])
+
+    def clear(self, timeout: float | DefaultTimeout | None) -> None:
+        """Cancel everything by force, and wait for that as `ScalerFuture.cancel` does."""
+        self.check_process()
+        with self._lock:
+            futures = list(self._futures.values())
+            runs = list(self._runs.values())
+        if runs:
+            self.ask_cancel([(run.task_no, CancelKind.FORCED) for run in runs])
+        cancel_all(futures, timeout, force=True, others=[(self, run.over) for run in runs])
+
+    def close(self) -> None:
+        """Accept no more calls; when the last one is answered everything ends. Never waits."""
+        with self._lock:
+            if self._refusal is _refuse_child:
+                return
+            if self._refusal is None:
+                self._refusal = _refuse_after_shutdown
+            self._close_asked = True
+        self._ring()
+
+    def join(self) -> None:
+        """Wait until everything has ended, callbacks included, but not for the thread that asks."""
+        current = threading.current_thread()
+        for thread in (self._thread, self._callback_thread):
+            if thread is not None and thread is not current:
+                thread.join()
+
+    def kill(self) -> None:
+        """Kill the cluster: what is outstanding is lost at once."""
+        self._cluster.kill()
+
+    def exit(self) -> None:
+        """Close for the interpreter's exit: from now on nobody waits for a cancel."""
+        with self._lock:
+            self._is_exiting = True
+            if self._refusal is None:
+                self._refusal = _refuse_at_exit
+        self.close()
+
+    def abandon(self) -> None:
+        """Make this copy, in a forked child, refuse everything; what it shares with the parent is left alone."""
+        self._refusal = _refuse_child
+        for close in (self._cluster.close, self._bell.close):
+            try:
+                close()
+            except OSError:
+                pass  # the fork came while the parent was closing them
+
+    def _submit_known(self, function: Any, name: str, payload: Payload) -> ScalerFuture[Any] | None:
+        """Queue a call of a function that the scheduler knows; return None if it does not."""
+        direct: _Direct | None = None
+        try:
+            with self._lock:
+                function_id = self._functions.known_id(function, CallStyle.CALL)
+                if not function_id:
+                    return None
+                no = self._take_numbers(1)
+                row: TaskRow = (no, 1, function_id, payload)  # type: ignore[assignment]
+                is_only = not self._futures and not self._runs and self._is_direct_possible
+                future = self._futures[no] = make_future(self, no, name)
+                if is_only and self._asleep and self._direct is None and len(payload) <= DIRECT_BYTES:
+                    (packet,) = Encoder().pack(TaskSubmit([row]))
+                    direct = _Direct(row, packet)
+                    self._direct = direct
+                else:
+                    self._batch.tasks.append(row)
+            if direct is None:
+                if self._asleep:
+                    self._wake()
+                return future
+            with self._io_lock:
+                if self._direct is direct:  # else the I/O thread has woken up and taken it
+                    direct.sent[:] = map(self._send, (direct.packet,))
+        except OSError:
+            pass  # the socket is full, or the scheduler gone: the I/O thread goes on from here
+        finally:
+            if direct is not None and not direct.is_sent():
+                self._wake()
+        return future
+
+    def _register(self, prepared: PreparedFunction) -> int:
+        """Return the function's id; queue the function if it is new. Under `_lock`, until the call is queued."""
+        function_id, message, forgotten = self._functions.register(prepared)
+        if message is not None:
+            self._batch.functions.append(message)
+            self._live_functions.add(function_id)
+        if forgotten:
+            self._batch.forget += forgotten
+            self._live_functions.difference_update(forgotten)
+        return function_id
+
+    def _take_numbers(self, count: int) -> int:
+        """Return the first of `count` new numbers. Under `_lock`."""
+        if self._refusal is not None:
+            raise self._refusal()
+        no = self._last_no + 1
+        self._last_no += count
+        return no
+
+    def _wake(self) -> None:
+        asleep = self._asleep
+        self._ring()
+        asleep.clear()
+
+    def _ring(self) -> None:
+        with self._lock:
+            if not self._has_ended:
+                self._bell.ring()
+
+    # The I/O thread
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            # A bug of ours: be loud about it, but leave nobody waiting for ever.
+            self._cluster.kill()
+            reason = f"the client's I/O thread failed: {error!r}"
+            self._refuse(lambda: _make_lost_error(reason))
+            self._on_lost([*self._futures, *self._runs], reason)
+            raise
+        finally:
+            if self._end_reason is None:
+                self._end_reason = self._cluster.join()
+            self._callbacks.put(None)
+            with self._lock:
+                self._has_ended = True
+                self._bell.close()
+                _MANAGERS.pop(id(self), None)
+
+    def _loop(self) -> None:
+        poll = select.poll()
+        socket_fd = self._cluster.socket.fileno()
+        poll.register(self._bell.fileno(), select.POLLIN)
+        poll.register(self._cluster.death_fd, select.POLLIN)
+        poll.register(socket_fd, select.POLLIN)
+        wanted = select.POLLIN
+        while True:
+            with self._io_lock:
+                self._take_up()
+                self._flush()
+                has_unsent = bool(self._outgoing or self._writer.pending_bytes)
+                self._is_direct_possible = self._is_welcome and not has_unsent
+                if self._is_closed and not has_unsent:
+                    return
+                # First say that we sleep, then look once more: a caller adds first and then looks whether we sleep.
+                asleep = self._asleep = [True]
+                batch = self._batch
+                timeout = 0 if batch.tasks or batch.cancels or self._direct is not None else None
+            if has_unsent != bool(wanted & select.POLLOUT):
+                wanted ^= select.POLLOUT
+                poll.modify(socket_fd, wanted)
+            events = dict(poll.poll(timeout))
+            asleep.clear()
+            with self._io_lock:
+                if self._bell.fileno() in events:
+                    self._bell.clear()
+                if socket_fd in events or self._cluster.death_fd in events:
+                    self._take_up_direct()
+                    self._receive(is_dead=self._cluster.death_fd in events)
+
+    def _take_up(self) -> None:
+        """Feed what callers asked for into the state."""
+        self._take_up_direct()
+        batch = self._batch
+        if batch.tasks or batch.cancels or batch.functions or batch.forget:
+            with self._lock:
+                batch = self._batch
+                self._batch = Batch()
+            for no, kind in batch.cancels:
+                future = self._futures.get(no)
+                if future is not None:
+                    future.set_cancel_passed_on(kind)
+            if not self._is_closed:
+                self._handle(batch)
+        if self._close_asked and not self._close_told:
+            with self._lock:
+                # Calls were refused before this was set, so none can be in a later batch.
+                self._close_told = not self._batch.tasks and self._direct is None
+            if self._close_told:
+                self._handle(CloseAsked())
+
+    def _take_up_direct(self) -> None:
+        direct = self._direct
+        if direct is None:
+            return
+        self._direct = None
+        instructions = self._state.handle(Batch([direct.row]), time.monotonic())
+        if direct.sent:
+            # The state knows the call now; the bytes that it wants sent are on their way, or a part of them is.
+            instructions = [instruction for instruction in instructions if not isinstance(instruction, Send)]
+            if not direct.is_sent():
+                self._write_rest(direct.packet, direct.sent[0])
+        self._perform(instructions)
+
+    def _receive(self, *, is_dead: bool) -> None:
+        """Read what has come; all of it if the scheduler is dead."""
+        try:
+            while True:
+                packets = self._reader.read()
+                for header, frames in packets:
+                    message = self._decoder.decode(header, frames)
+                    self._handle(Received(message))
+                    self._is_welcome = self._is_welcome or isinstance(message, Welcome)
+                if self._reader.eof or not is_dead or not packets:
+                    break
+        except RemoteProtocolError as error:
+            self._cluster.kill()
+            self._lose(f"the scheduler broke the protocol: {error}")
+            return
+        if self._reader.eof or is_dead:
+            self._lose(self._wait_for_end())
+
+    def _wait_for_end(self) -> str:
+        """Wait until a cluster without scheduler is gone; return how it ended."""
+        poll = select.poll()
+        poll.register(self._cluster.death_fd, select.POLLIN)
+        if not poll.poll(END_S * 1000):
+            self._cluster.kill()
+        self._end_reason = self._cluster.join()
+        return self._end_reason
+
+    def _lose(self, reason: str) -> None:
+        """End everything that is outstanding, unless we have said Bye: then this is the end that we wait for."""
+        self._drop_unsent()
+        if not self._is_closed:
+            self._refuse(lambda: _make_lost_error(reason))
+            self._close_asked = True
+            self._take_up()
+            self._handle(SchedulerLost(reason))
+            self._handle(CloseAsked())
+            self._drop_unsent()
+
+    def _refuse(self, make_error: Callable[[], Exception]) -> None:
+        with self._lock:
+            if self._refusal is not _refuse_child:
+                self._refusal = make_error
+
+    def _drop_unsent(self) -> None:
+        self._outgoing.clear()
+        self._writer = StreamWriter(self._cluster.socket)
+
+    def _handle(self, event: Event) -> None:
+        self._perform(self._state.handle(event, time.monotonic()))
+
+    def _perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Deliver):
+                self.on_task_result(instruction.results)
+            elif isinstance(instruction, Send):
+                self._queue(instruction.message)
+            elif isinstance(instruction, Finished):
+                for no in instruction.tasks:
+                    self._futures.pop(no, None)
+                    self._runs.pop(no, None)
+            elif isinstance(instruction, Cancelled):
+                self.on_task_cancel_confirm(instruction.items)
+            elif isinstance(instruction, CancelRefused):
+                self._on_cancel_refused(instruction.tasks)
+            elif isinstance(instruction, Running):
+                self._on_running(instruction.tasks)
+            elif isinstance(instruction, Lost):
+                self._on_lost(instruction.tasks, instruction.reason)
+            elif isinstance(instruction, Broken):
+                self._on_broken(instruction.reason)
+            elif isinstance(instruction, Closed):
+                self._is_closed = True
+            else:
+                unreachable(instruction)
+
+    def on_task_result(self, results: list[ClientResultRow]) -> None:
+        """Settle what has a result."""
+        pop = self._futures.pop
+        for no, first, count, kind, payload in results:
+            future = pop(no, None)
+            if future is not None:
+                future.set_result_ready(kind, payload)  # type: ignore[arg-type]
+            else:
+                run = self._runs[no]
+                run.set_items_ready(first, count, kind, payload)  # type: ignore[arg-type]
+                if run.is_over:
+                    del self._runs[no]
+
+    def on_task_cancel_confirm(self, items: list[tuple[int, int, int, Cause]]) -> None:
+        """Settle what ends cancelled."""
+        for no, first, count, cause in items:
+            future = self._futures.pop(no, None)
+            if future is None:
+                self._runs[no].set_items_cancelled(first, count)
+            else:
+                future.set_cancel_confirmed(CancelOutcome[cause])
+
+    def _on_cancel_refused(self, tasks: list[int]) -> None:
+        for no in tasks:
+            future = self._futures.get(no)
+            if future is not None:
+                future.set_cancel_confirmed(CancelOutcome.FAILED)
+
+    def _on_running(self, tasks: list[int]) -> None:
+        for no in tasks:
+            future = self._futures.get(no)
+            if future is not None:
+                future.set_running()
+
+    def _on_lost(self, tasks: list[int], reason: str) -> None:
+        for no in tasks:
+            future = self._futures.pop(no, None)
+            if future is not None:
+                future.set_result_ready(LOST, reason)
+            else:
+                run = self._runs.pop(no, None)
+                if run is not None:
+                    run.set_items_ready(REST, 0, LOST, reason)
+
+    def _on_broken(self, reason: str) -> None:
+        self._refuse(lambda: _make_start_error(reason))
+
+    # Sending
+
+    def _queue(self, message: Message) -> None:
+        if isinstance(message, TaskSubmit) and len(message.tasks) > TASKS_PER_MESSAGE:
+            tasks = message.tasks
+            steps = range(0, len(tasks), TASKS_PER_MESSAGE)
+            pieces = [TaskSubmit(tasks[at : at + TASKS_PER_MESSAGE]) for at in steps]
+            # Functions go before all calls of theirs, and are forgotten behind all.
+            pieces[0].functions = message.functions
+            pieces[-1].forget = message.forget
+            self._outgoing.extend(pieces)
+        else:
+            self._outgoing.append(message)
+
+    def _flush(self) -> None:
+        """Write as much as the socket takes, but not so much that answers have to wait."""
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                if (self._writer.pending_bytes and not self._writer.flush()) or not self._outgoing:
+                    return
+                self._writer.send(self._encoder.pack(self._outgoing.popleft()))
+        except ConnectionError:
+            self._drop_unsent()  # its last words are still to be read, and then it is lost
+
+    def _write_rest(self, packet: bytes, sent_bytes: int) -> None:
+        try:
+            self._writer.send([memoryview(packet)[sent_bytes:]])
+        except ConnectionError:
+            pass  # as above
+
+
+_DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, type)
+
+
+def _failed_future(error: Exception) -> ScalerFuture[Any]:
+    future: ScalerFuture[Any] = ScalerFuture()
+    future.set_exception(error)
+    return future
+
+
+def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None]) -> None:
+    """The callback thread, until it gets None."""
+    while True:
+        future = queue.get()
+        if future is None:
+            return
+        future.invoke_callbacks()
+        del future  # or it would live until the next one comes
+
+
+# Refusals
+
+
+def _refuse_after_shutdown() -> Exception:
+    return RuntimeError("cannot schedule new futures after shutdown")
+
+
+def _refuse_at_exit() -> Exception:
+    return RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+
+def _refuse_child() -> Exception:
+    return RuntimeError("a ScalerExecutor cannot be used in a fork of the process that made it; make a new one")
+
+
+def _make_lost_error(reason: str) -> Exception:
+    from scaler_executor.errors import SchedulerLostError
+
+    return SchedulerLostError(reason)
+
+
+def _make_start_error(reason: str) -> Exception:
+    from scaler_executor.errors import WorkerStartError
+
+    return WorkerStartError(reason)
+
+
+# The ends of processes
+
+#: {id: manager}: those whose I/O thread has not ended.
+_MANAGERS: Final[dict[int, ClientFutureManager]] = {}
+
+
+def wait_until_ended(manager: ClientFutureManager, *, interrupted: bool) -> None:
+    """Wait for the end of a closed client. The first Ctrl-C stops all calls, the second kills the cluster at once.
+
+    Args:
+        interrupted: The first one has been already.
+    """
+    try:
+        if interrupted:
+            manager.clear(0)
+        manager.join()
+    except KeyboardInterrupt:
+        if interrupted:
+            manager.kill()
+        else:
+            wait_until_ended(manager, interrupted=True)
+        raise
+
+
+def _end_all_at_exit() -> None:
+    """Finish the accepted work at the interpreter's exit, as ProcessPoolExecutor does, or stop it after a Ctrl-C."""
+    interrupted = issubclass(getattr(sys, "last_type", None) or object, KeyboardInterrupt)
+    managers = list(_MANAGERS.values())
+    for manager in managers:
+        manager.exit()
+    for manager in managers:
+        wait_until_ended(manager, interrupted=interrupted)
+
+
+def _abandon_all_in_child() -> None:
+    for manager in list(_MANAGERS.values()):
+        manager.abandon()
+    _MANAGERS.clear()
+
+
+# Not `atexit`: this must come before the interpreter waits for threads, and daemon threads of ours still work then.
+threading._register_atexit(_end_all_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_abandon_all_in_child)
