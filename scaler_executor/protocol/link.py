@@ -1,0 +1,433 @@
+"""A connection that is in order and exactly once, over transports that break.
+
+Each end of a session has a `LinkState`. It numbers what it sends, keeps it until the other end has it, and sends the
+rest again over the next transport: a short cut is then no event at all for the machines above. When that cannot be
+promised (the other end is another process by now, too much waits, the cut lasts too long) it says that the peer is
+lost, once, and carries nothing more. It knows neither sockets nor what the packets mean, only their size.
+
+    DOWN      no transport
+    GREETING  a transport is there; the other end has not said yet what it has received
+    UP        packets flow
+    LOST      over for good
+
+Each transport is an *epoch* of the session, numbered by the end that connects. A frame of an earlier epoch may arrive
+late and is dropped: what it carried has been sent again. The greeting names both ends by nonces, so that an end that
+was started anew is not taken for the one that it replaces.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Literal, TypeAlias
+
+import msgspec
+
+from scaler_executor.protocol.codec import RemoteProtocolError
+from scaler_executor.protocol.machine import Story, Transition, forbidden, ignore, unreachable
+
+State = Literal["DOWN", "GREETING", "UP", "LOST"]
+DOWN: Final = "DOWN"
+GREETING: Final = "GREETING"
+UP: Final = "UP"
+LOST: Final = "LOST"
+
+#: A cut that lasts longer is the peer's loss.
+LEASE_S: Final = 60.0
+#: More than this is not kept for an end that does not say that it has it.
+RESEND_BYTES: Final = 64 << 20
+#: Received packets are acknowledged after so long, or after so many, if nothing is sent that would do it by the way.
+ACK_AFTER_S: Final = 0.2
+ACK_AFTER_PACKETS: Final = 64
+
+
+# Frames: what the ends say to each other
+
+
+class Greeting(msgspec.Struct, array_like=True, tag=1):
+    """First frame of each epoch in each direction: who speaks, to whom as far as known, and what it has."""
+
+    epoch: int
+    sender: bytes
+    receiver: bytes
+    received: int
+
+
+class Data(msgspec.Struct, array_like=True, tag=2):
+    """Packet number `seq`; the sender has received all up to `received`."""
+
+    epoch: int
+    seq: int
+    received: int
+    packet: Any
+
+
+class Ack(msgspec.Struct, array_like=True, tag=3):
+    """The sender has received all up to `received`."""
+
+    epoch: int
+    received: int
+
+
+Frame: TypeAlias = Greeting | Data | Ack
+
+
+# Events
+
+
+class Outgoing(msgspec.Struct):
+    """Carry this packet to the other end."""
+
+    packet: Any
+    packet_bytes: int
+
+
+class Connected(msgspec.Struct):
+    """A transport is there. Any earlier one is of no use any more, whether its end has been noticed or not."""
+
+
+class Arrived(msgspec.Struct):
+    """A frame came, over this transport or an earlier one."""
+
+    frame: Frame
+
+
+class Disconnected(msgspec.Struct):
+    """The transport is gone."""
+
+
+class Tick(msgspec.Struct):
+    """Time has passed, see `next_deadline`."""
+
+
+Event: TypeAlias = Outgoing | Connected | Arrived | Disconnected | Tick
+
+
+# Instructions
+
+
+class Transmit(msgspec.Struct):
+    """Put this on the transport."""
+
+    frame: Frame
+
+
+class Deliver(msgspec.Struct):
+    """Hand these to whoever waits for them, in order."""
+
+    packets: list[Any]
+
+
+class PeerLost(msgspec.Struct):
+    """The session is over: close the transport. Said once; nothing is delivered afterwards."""
+
+    reason: str
+
+
+Instruction: TypeAlias = Transmit | Deliver | PeerLost
+
+
+class LinkState:
+    """One end of a session.
+
+    Args:
+        nonce: Names this end; drawn at random by the caller, never used before.
+        connects: This end makes the transports and numbers the epochs; exactly one end does.
+        now: The time.
+        lease_s: A cut that lasts longer is the peer's loss.
+        resend_bytes: So much is kept for an end that has not acknowledged it.
+    """
+
+    def __init__(
+        self,
+        nonce: bytes,
+        *,
+        connects: bool,
+        now: float,
+        lease_s: float = LEASE_S,
+        resend_bytes: int = RESEND_BYTES,
+    ) -> None:
+        assert nonce
+        self._nonce = nonce
+        self._connects = connects
+        self._lease_s = lease_s
+        self._resend_bytes = resend_bytes
+        self.state: State = DOWN
+        #: The other end's nonce, once it has greeted.
+        self._peer = b""
+        #: Number of the current transport, or of the last one; frames of others are dropped.
+        self._epoch = 0
+        #: Packets without an acknowledgement: (seq, packet, bytes), in order and without a gap.
+        self._kept: deque[tuple[int, Any, int]] = deque()
+        self._kept_bytes = 0
+        self._last_seq = 0
+        #: Number of the last packet that was received and delivered.
+        self._received = 0
+        #: What of that the other end has been told in this epoch.
+        self._acked = 0
+        #: When it is to be told the rest, or None.
+        self._ack_due: float | None = None
+        #: When the cut has lasted too long; None in UP and LOST.
+        self._lease_due: float | None = now + lease_s
+        self._story = Story()
+        self._now = now
+        self._out: list[Instruction] = []
+        #: Frames of earlier epochs: normal after a cut.
+        self.stale = 0
+
+    # The four methods that every state class has
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take one event in and return what is to be done, in order."""
+        self._now = now
+        out = self._out = []
+        try:
+            if isinstance(event, Outgoing):
+                self._step("SEND", event.packet, event.packet_bytes)
+            elif isinstance(event, Arrived):
+                self._arrived(event.frame)
+            elif isinstance(event, Connected):
+                self._step("CONNECTED")
+            elif isinstance(event, Disconnected):
+                self._step("DISCONNECTED")
+            elif isinstance(event, Tick):
+                pass
+            else:
+                unreachable(event)
+            if self._lease_due is not None and self._lease_due <= now:
+                self._step("LEASE_DUE")
+        except RemoteProtocolError as error:
+            self._lose(f"it broke the protocol of the link: {error}")
+        self._acknowledge()
+        return out
+
+    def next_deadline(self) -> float | None:
+        """Return when the next Tick is due, or None."""
+        if self._ack_due is None or self._lease_due is None:
+            return self._lease_due if self._ack_due is None else self._ack_due
+        return min(self._ack_due, self._lease_due)
+
+    def story(self, task_id: int = 0) -> list[Transition]:
+        """Return what is remembered of the session's transports; packets are not told apart, so any `task_id` will
+        do."""
+        return self._story.of(0)
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        seqs = [seq for seq, _, _ in self._kept]
+        assert seqs == list(range(self._last_seq - len(seqs) + 1, self._last_seq + 1)), seqs
+        assert self._kept_bytes == sum(size for _, _, size in self._kept)
+        assert self._kept_bytes <= self._resend_bytes or self.state == LOST
+        assert self._acked <= self._received
+        assert (self._lease_due is None) == (self.state in (UP, LOST)), self.state
+        assert self._ack_due is None or (self.state == UP and self._acked < self._received)
+        assert self.state != UP or (self._peer and self._epoch)
+        assert self.state != LOST or not self._kept
+
+    @property
+    def outstanding(self) -> int:
+        """Number of packets that the other end is not known to have."""
+        return len(self._kept)
+
+    # Events
+
+    def _step(self, event: str, *details: Any) -> None:
+        _TABLE[self.state][event](self, self, *details)
+
+    def _become(self, state: State, event: str, detail: str = "") -> None:
+        self._story.add(self._now, 0, event, self.state, state, detail)
+        self.state = state
+
+    def _arrived(self, frame: Frame) -> None:
+        if isinstance(frame, Greeting):
+            self._step("GREETING", frame)
+        elif frame.epoch != self._epoch or self.state == DOWN:
+            # Not for the table: what an earlier transport still held says nothing about this one.
+            self.stale += 1
+        elif isinstance(frame, Data):
+            self._step("DATA", frame)
+        elif isinstance(frame, Ack):
+            self._step("ACK", frame.received)
+        else:
+            unreachable(frame)
+
+    # Cells of the table
+
+    def _keep(self, link: LinkState, packet: Any, packet_bytes: int) -> None:
+        if self._kept_bytes + packet_bytes > self._resend_bytes:
+            self._lose(f"more than {self._resend_bytes} bytes wait for it")
+            return
+        self._last_seq += 1
+        self._kept.append((self._last_seq, packet, packet_bytes))
+        self._kept_bytes += packet_bytes
+
+    def _send(self, link: LinkState, packet: Any, packet_bytes: int) -> None:
+        self._keep(link, packet, packet_bytes)
+        if self.state == UP:
+            self._out.append(Transmit(self._data(self._last_seq, packet)))
+
+    def _greet(self, link: LinkState) -> None:
+        if self._lease_due is None:
+            self._lease_due = self._now + self._lease_s
+        self._ack_due = None
+        if self._connects:
+            self._epoch += 1
+            self._out.append(Transmit(self._greeting()))
+        self._become(GREETING, "CONNECTED", f"epoch {self._epoch}")
+
+    def _cut(self, link: LinkState) -> None:
+        if self._lease_due is None:
+            self._lease_due = self._now + self._lease_s
+        self._ack_due = None
+        self._become(DOWN, "DISCONNECTED", f"epoch {self._epoch}")
+
+    def _greeted(self, link: LinkState, frame: Greeting) -> None:
+        if frame.epoch != self._epoch if self._connects else frame.epoch <= self._epoch:
+            self.stale += 1  # of an earlier transport
+            return
+        if not frame.sender or (self._peer and frame.sender != self._peer):
+            self._lose("it was started anew and knows nothing of this session")
+            return
+        if frame.receiver != self._nonce and (frame.receiver or self._received):
+            self._lose("it takes this end for another one")
+            return
+        if frame.received < self._last_seq - len(self._kept):
+            self._lose(f"it has forgotten what it had received after packet {frame.received}")
+            return
+        self._peer = frame.sender
+        if not self._connects:
+            self._epoch = frame.epoch
+            self._out.append(Transmit(self._greeting()))
+        self._acked = self._received
+        self._forget_up_to(frame.received)
+        self._lease_due = None
+        self._become(UP, "GREETING", f"epoch {self._epoch}, {len(self._kept)} packets again")
+        self._out += [Transmit(self._data(seq, packet)) for seq, packet, _ in self._kept]
+
+    def _stale_greeting(self, link: LinkState, frame: Greeting) -> None:
+        self.stale += 1  # the transport that it came over is gone
+
+    def _greeted_again(self, link: LinkState, frame: Greeting) -> None:
+        # A late greeting of an earlier transport was taken for that of this one, which has come only now.
+        if self._connects:
+            self.stale += 1
+        else:
+            self._greeted(link, frame)
+
+    def _before_greeting(self, link: LinkState, *_: Any) -> None:
+        if self._connects:
+            raise RemoteProtocolError("packets before a greeting")
+        self.stale += 1
+
+    def _receive(self, link: LinkState, frame: Data) -> None:
+        self._forget_up_to(frame.received)
+        if frame.seq <= self._received:
+            self.stale += 1  # a duplicate
+            return
+        if frame.seq != self._received + 1:
+            raise RemoteProtocolError(f"packet {frame.seq} after {self._received}")
+        self._received = frame.seq
+        last = self._out[-1] if self._out else None
+        if isinstance(last, Deliver):
+            last.packets.append(frame.packet)
+        else:
+            self._out.append(Deliver([frame.packet]))
+        if self._ack_due is None:
+            self._ack_due = self._now + ACK_AFTER_S
+
+    def _acknowledged(self, link: LinkState, received: int) -> None:
+        self._forget_up_to(received)
+
+    def _lease_over(self, link: LinkState) -> None:
+        self._lose(f"it could not be reached for {self._lease_s:g} s")
+
+    # What cells do
+
+    def _greeting(self) -> Greeting:
+        return Greeting(self._epoch, self._nonce, self._peer, self._received)
+
+    def _data(self, seq: int, packet: Any) -> Data:
+        self._acked, self._ack_due = self._received, None
+        return Data(self._epoch, seq, self._received, packet)
+
+    def _forget_up_to(self, received: int) -> None:
+        """Let go of what the other end has."""
+        if received > self._last_seq:
+            raise RemoteProtocolError(f"it has received packet {received} of {self._last_seq}")
+        kept = self._kept
+        while kept and kept[0][0] <= received:
+            self._kept_bytes -= kept.popleft()[2]
+
+    def _acknowledge(self) -> None:
+        if self._ack_due is None:
+            return
+        if self._ack_due <= self._now or self._received - self._acked >= ACK_AFTER_PACKETS:
+            self._acked, self._ack_due = self._received, None
+            self._out.append(Transmit(Ack(self._epoch, self._received)))
+
+    def _lose(self, reason: str) -> None:
+        self._become(LOST, "lost", reason)
+        self._kept.clear()
+        self._kept_bytes = 0
+        self._lease_due = self._ack_due = None
+        self._out.append(PeerLost(reason))
+
+
+_Cell: TypeAlias = Callable[..., None]
+
+STATES: Final = (DOWN, GREETING, UP, LOST)
+EVENTS: Final = (
+    "SEND",  # packet, bytes
+    "CONNECTED",
+    "DISCONNECTED",
+    "GREETING",  # frame
+    "DATA",  # frame, of this epoch
+    "ACK",  # received, of this epoch
+    "LEASE_DUE",
+)
+
+_L = LinkState
+_TABLE: dict[str, dict[str, _Cell]] = {
+    DOWN: {
+        "SEND": _L._keep,
+        "CONNECTED": _L._greet,
+        "DISCONNECTED": ignore,
+        "GREETING": _L._stale_greeting,
+        # Without a transport every frame is a late one, see `_arrived`.
+        "DATA": forbidden,
+        "ACK": forbidden,
+        "LEASE_DUE": _L._lease_over,
+    },
+    GREETING: {
+        "SEND": _L._keep,
+        # The next transport is there before the end of the last one was noticed.
+        "CONNECTED": _L._greet,
+        "DISCONNECTED": _L._cut,
+        "GREETING": _L._greeted,
+        # An end that waits for a greeting still has the number of the last epoch, whose transport may have held
+        # something. One that has begun a new epoch is greeted before anything else.
+        "DATA": _L._before_greeting,
+        "ACK": _L._before_greeting,
+        "LEASE_DUE": _L._lease_over,
+    },
+    UP: {
+        "SEND": _L._send,
+        "CONNECTED": _L._greet,
+        "DISCONNECTED": _L._cut,
+        "GREETING": _L._greeted_again,
+        "DATA": _L._receive,
+        "ACK": _L._acknowledged,
+        "LEASE_DUE": forbidden,
+    },
+    LOST: {
+        # Its owner is about to hear of it.
+        "SEND": ignore,
+        "CONNECTED": ignore,
+        "DISCONNECTED": ignore,
+        "GREETING": ignore,
+        "DATA": ignore,
+        "ACK": ignore,
+        "LEASE_DUE": forbidden,
+    },
+}
+TABLE: Final = _TABLE
