@@ -205,6 +205,11 @@ class ClientFutureManager:
         """Close when `owner` is garbage."""
         self._owner = weakref.ref(owner, lambda _: self.close())
 
+    @property
+    def outstanding(self) -> int:
+        """Number of calls and runs without a final answer."""
+        return len(self._futures) + len(self._runs)
+
     # For callers, in any thread
 
     def check_process(self) -> None:
