@@ -46,10 +46,24 @@ class Loop:
         """Have `run` return after the callbacks that are due."""
         self._stopped = True
 
-    def run(self, next_deadline: Callable[[], float | None], on_deadline: Callable[[], None]) -> None:
-        """Serve until `stop`. `on_deadline` is called when the time that `next_deadline` returned has come."""
+    def run(
+        self,
+        next_deadline: Callable[[], float | None],
+        on_deadline: Callable[[], None],
+        before_wait: Callable[[], None],
+    ) -> None:
+        """Serve until `stop`.
+
+        Args:
+            next_deadline: Returns the time (monotonic) at which `on_deadline` is to be called next, or None.
+            on_deadline: Called when that time has come.
+            before_wait: Called when the callbacks of one round have returned, to finish what they began.
+        """
         poll, callbacks, units_per_s = self._poller.poll, self._callbacks, self._units_per_s
-        while not self._stopped:
+        while True:
+            before_wait()
+            if self._stopped:
+                break
             deadline = next_deadline()
             if deadline is None:
                 ready = poll()

@@ -71,14 +71,13 @@ class Server:
 
     def run(self) -> None:
         """Serve until the client is gone and the workers are too."""
-        self._loop.run(self._next_deadline, self._on_deadline)
+        self._loop.run(self._next_deadline, self._on_deadline, self._exchange)
         self._agent.close()
 
     # Between scheduler and agent
 
     def _feed_scheduler(self, event: scheduler_protocol.Event) -> None:
         self._perform(self._scheduler.handle(event, monotonic()))
-        self._exchange()
 
     def _exchange(self) -> None:
         """Pass messages between scheduler and agent until neither has more to say."""
@@ -150,7 +149,6 @@ class Server:
         except ConnectionError:
             return
         self._agent.upstream_has_room()
-        self._exchange()
 
     def _upstream_bytes(self) -> int:
         return 0 if self._client is None else self._client.writer.pending_bytes
