@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import forked
 import pytest
 
-import forked
 from scaler_executor.runtime import platform
 
 
