@@ -1,0 +1,59 @@
+"""Fixtures of the end-to-end tests: real executors, and for each test a check that nothing of them is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from scaler_executor import ScalerExecutor
+from support import Scene
+
+# The crashes that the tests provoke are nobody's to debug.
+resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+@pytest.fixture(autouse=True)
+def scene(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """The test's files and clients; at its end nothing may be left of the processes, threads, descriptors and files."""
+    scene = Scene(tmp_path, request.node.name)
+    monkeypatch.setattr(tempfile, "tempdir", str(scene.temporary))
+    monkeypatch.setenv("TMPDIR", str(scene.temporary))
+    yield scene
+    scene.close()
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> str:
+    """How workers come into being."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make(scene: Scene, start_method: str) -> Iterator[Callable[..., ScalerExecutor]]:
+    """Makes executors with the start method, and shuts them down at the end of the test; what still runs is stopped."""
+    made: list[ScalerExecutor] = []
+
+    def make(max_workers: int | None = 2, **options: object) -> ScalerExecutor:
+        context = multiprocessing.get_context(start_method)
+        made.append(ScalerExecutor(max_workers, context, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    while made:
+        executor = made.pop()
+        try:
+            executor.clear()
+        except RuntimeError:
+            pass  # broken, or its scheduler was lost: that is what the test was about
+        executor.shutdown()
+
+
+@pytest.fixture
+def executor(make: Callable[..., ScalerExecutor]) -> ScalerExecutor:
+    """An executor with two workers."""
+    return make(2)

@@ -1,0 +1,442 @@
+"""The calls that the tests make. They run in workers, so this module imports little."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, NoReturn
+
+from support import Fifo, Heartbeat, Journal
+
+
+def echo(value: Any) -> Any:
+    return value
+
+
+def add(left: int, right: int = 0) -> int:
+    return left + right
+
+
+def get_pid() -> int:
+    return os.getpid()
+
+
+def fail(error: BaseException) -> NoReturn:
+    raise error
+
+
+# Held back by the test
+
+
+def tell(started: Fifo, value: Any = None) -> Any:
+    """Say that it runs, and return."""
+    started.tell(os.getpid())
+    return value
+
+
+def hold(started: Fifo, gate: Fifo, value: Any = None) -> Any:
+    """Say that it runs, and wait until the test opens the gate."""
+    started.tell(os.getpid())
+    gate.await_opening()
+    return value
+
+
+def pass_or_hold(started: Fifo | None, gate: Fifo | None, value: Any) -> Any:
+    """As `hold` if there is a gate."""
+    return value if started is None or gate is None else hold(started, gate, value)
+
+
+def meet(barrier_in: Fifo, barrier_out: Fifo, value: int) -> int:
+    """Say that it is there and wait until the test has heard of all."""
+    return int(hold(barrier_in, barrier_out, value))
+
+
+# To be stopped
+
+
+def sleep(started: Fifo) -> None:
+    started.tell(os.getpid())
+    time.sleep(3600)
+
+
+def spin(started: Fifo, heartbeat: Heartbeat) -> NoReturn:
+    """Pure Python."""
+    started.tell(os.getpid())
+    while True:
+        heartbeat.beat()
+
+
+def hold_gil(started: Fifo) -> int:
+    """C code that looks for no signal."""
+    started.tell(os.getpid())
+    return sum(itertools.repeat(1, 10**13))
+
+
+def defy(started: Fifo, heartbeat: Heartbeat) -> NoReturn:
+    """Ignore signals, then catch everything."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        try:
+            signal.signal(number, signal.SIG_IGN)
+        except (OSError, ValueError):
+            pass
+    told = False
+    while True:
+        try:
+            if not told:
+                started.tell(os.getpid())
+                told = True
+            while True:
+                heartbeat.beat()
+        except BaseException:
+            pass
+
+
+def catch_everything(started: Fifo, heartbeat: Heartbeat) -> NoReturn:
+    """Catch everything, also what the soft stop raises."""
+    told = False
+    while True:
+        try:
+            if not told:
+                started.tell(os.getpid())
+                told = True
+            while True:
+                heartbeat.beat()
+        except BaseException:
+            pass
+
+
+def beat_in_thread(started: Fifo, heartbeat: Heartbeat) -> None:
+    """Leave the work to a thread of one's own."""
+
+    def work() -> None:
+        while True:
+            heartbeat.beat()
+
+    threading.Thread(target=work, daemon=True).start()
+    started.tell(os.getpid())
+    time.sleep(3600)
+
+
+def run_asyncio(started: Fifo, journal: Journal) -> None:
+    import asyncio
+
+    async def nap(name: str) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            journal.write("finally", name)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(nap(name)) for name in ("one", "two")]
+        await asyncio.sleep(0)
+        started.tell(os.getpid())
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            journal.write("finally", "main")
+
+    asyncio.run(main())
+
+
+def wait_for_subprocess(started: Fifo, *, is_deaf: bool = False) -> None:
+    """Wait for a shell that waits for a child of its own; `is_deaf`: it ignores SIGINT and SIGTERM."""
+    script = "trap '' INT TERM; " if is_deaf else ""
+    script += "sleep 3600 & echo $!; wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        grandchild = process.stdout.readline().strip()
+        started.tell(f"{os.getpid()} {process.pid} {grandchild}")
+        process.wait()
+
+
+def run_subprocess(started: Fifo) -> None:
+    """Have `subprocess.run` wait: it kills its child when it is interrupted."""
+    subprocess.run(["sh", "-c", f"echo {os.getpid()} $$ > {started.path}; sleep 3600; true"], check=False)
+
+
+def leave_subprocess(started: Fifo) -> None:
+    """Leave a child behind when interrupted."""
+    process = subprocess.Popen(["sleep", "3600"])
+    started.tell(f"{os.getpid()} {process.pid}")
+    try:
+        time.sleep(3600)
+    finally:
+        process.returncode = 0  # no warning
+
+
+def work_with_files(started: Fifo, journal: Journal) -> None:
+    with tempfile.TemporaryDirectory() as directory, tempfile.NamedTemporaryFile() as file:
+        path = os.path.join(directory, "result")
+        with open(path, "w") as result:
+            try:
+                journal.write("files", directory, path, file.name)
+                started.tell(os.getpid())
+                while True:
+                    result.write("x")
+            finally:
+                journal.write("finally")
+
+
+def swallow(started: Fifo) -> str:
+    """Survive the soft stop."""
+    try:
+        started.tell(os.getpid())
+        time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+    return "swallowed"
+
+
+def die_when_interrupted(started: Fifo, exit_code: int) -> None:
+    try:
+        started.tell(os.getpid())
+        time.sleep(3600)
+    except KeyboardInterrupt:
+        os._exit(exit_code)
+
+
+def raise_when_interrupted(started: Fifo) -> None:
+    try:
+        started.tell(os.getpid())
+        time.sleep(3600)
+    except KeyboardInterrupt:
+        raise ValueError("cleaning up failed") from None
+
+
+def linger_when_interrupted(started: Fifo, interrupted: Fifo, gate: Fifo) -> str:
+    """Take the soft stop, say so, and finish when the test lets it."""
+    try:
+        started.tell(os.getpid())
+        time.sleep(3600)
+    except KeyboardInterrupt:
+        interrupted.tell()
+        gate.await_opening()
+    return "lingered"
+
+
+# To crash
+
+
+def exit_process(code: int) -> NoReturn:
+    os._exit(code)
+
+
+def kill_self(number: int) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+
+
+def read_null() -> None:
+    ctypes.string_at(0)
+
+
+def note_and_exit_if(journal: Journal, number: int, bad: int) -> int:
+    """Write the start into the journal; the bad one ends the process."""
+    journal.write("start", number)
+    if number == bad:
+        os._exit(7)
+    return number
+
+
+def hold_and_exit(started: Fifo, gate: Fifo, code: int) -> NoReturn:
+    hold(started, gate)
+    os._exit(code)
+
+
+def note(journal: Journal, *words: object) -> None:
+    journal.write(*words)
+
+
+class Unpicklable:
+    """Does not pickle."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("this object does not pickle")
+
+    def __call__(self) -> None:
+        pass
+
+
+class PoisonOnLoad:
+    """Pickles, and does not unpickle outside the process that made it."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __reduce__(self) -> Any:
+        return _refuse_to_load, (os.getpid(), self.where)
+
+    def __call__(self) -> None:
+        pass
+
+
+def _refuse_to_load(pid: int, where: str) -> PoisonOnLoad:
+    if os.getpid() != pid:
+        raise ValueError(f"does not unpickle: {where}")
+    return PoisonOnLoad(where)
+
+
+class NotesLoading:
+    """Writes into the journal whenever it is unpickled."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def __reduce__(self) -> Any:
+        return _note_loading, (self.journal,)
+
+
+def _note_loading(journal: Journal) -> NotesLoading:
+    journal.write("loaded", os.getpid())
+    return NotesLoading(journal)
+
+
+def swallow_and_return_note(started: Fifo, journal: Journal) -> NotesLoading:
+    swallow(started)
+    return NotesLoading(journal)
+
+
+class TwoArgumentsError(Exception):
+    """Its `args` do not fit its constructor: it pickles and does not unpickle."""
+
+    def __init__(self, left: int, right: int) -> None:
+        super().__init__(f"{left} and {right}")
+        self.left = left
+        self.right = right
+
+
+class KeywordError(Exception):
+    """Has a keyword-only argument."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LockedError(Exception):
+    """Does not pickle."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+def raise_two_arguments() -> None:
+    raise TwoArgumentsError(1, 2)
+
+
+def raise_keyword() -> None:
+    raise KeywordError("odd", code=5)
+
+
+def raise_locked() -> None:
+    raise LockedError("locked")
+
+
+def raise_local() -> None:
+    class LocalError(Exception):
+        pass
+
+    raise LocalError("local")
+
+
+def raise_chain() -> None:
+    try:
+        raise_value("inner")
+    except ValueError as error:
+        raise KeyError("outer") from error
+
+
+def raise_value(text: str) -> None:
+    raise ValueError(text)
+
+
+def exit_python(code: object) -> None:
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def return_unpicklable() -> Unpicklable:
+    return Unpicklable()
+
+
+def return_poison() -> PoisonOnLoad:
+    return PoisonOnLoad("result")
+
+
+def raise_poison() -> None:
+    raise ValueError(PoisonOnLoad("exception"))
+
+
+# Journals
+
+
+def timed(journal: Journal, number: int, duration_s: float, is_busy: bool) -> int:
+    """Write the start, work for so long, write the end."""
+    journal.write("start", number)
+    if is_busy:
+        until = time.perf_counter() + duration_s
+        while time.perf_counter() < until:
+            pass
+    elif duration_s:
+        time.sleep(duration_s)
+    journal.write("end", number)
+    return number
+
+
+def timed_item(job: tuple[Journal, int, float]) -> int:
+    """As `timed`, for map."""
+    return timed(*job, True)
+
+
+# Initializers
+
+
+value_of_initializer: object = None
+
+
+def set_value(value: object) -> None:
+    global value_of_initializer
+    value_of_initializer = value
+
+
+def get_value() -> object:
+    return value_of_initializer
+
+
+def fail_to_start(journal: Journal) -> None:
+    journal.write("initializer", os.getpid())
+    raise OSError("the licence server does not answer")
+
+
+def exit_at_start(journal: Journal, code: int) -> None:
+    journal.write("initializer", os.getpid())
+    os._exit(code)
+
+
+# Large and many
+
+
+def make_bytes(size: int) -> bytes:
+    return b"x" * size
+
+
+def print_much(lines: int, width: int) -> int:
+    for number in range(lines):
+        print(f"{number:06d}".ljust(width, "."))
+    return lines
+
+
+def fork_and_return() -> int:
+    """Fork a child that returns from the call too: only the parent's return may count."""
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        return os.waitstatus_to_exitcode(status)
+    return -1
