@@ -29,9 +29,11 @@ Every public name is imported on first use, so that importing the package alone 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not from `typing`, whose import would cost more than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from scaler_executor.errors import RemoteError as RemoteError
     from scaler_executor.errors import SchedulerLostError as SchedulerLostError
     from scaler_executor.errors import TaskInterrupted as TaskInterrupted

@@ -159,6 +159,8 @@ class ClientFutureManager:
         self._functions = FunctionTable(pickler)
         #: Ids that have not been forgotten. Under `_lock`.
         self._live_functions: set[int] = set()
+        #: Under `_lock`.
+        self._direct_encoder = Encoder()
         self._last_no = 0
         #: What the I/O thread has not taken yet. Under `_lock`.
         self._batch = Batch()
@@ -388,7 +390,7 @@ class ClientFutureManager:
                 is_only = not self._futures and not self._runs and self._is_direct_possible
                 future = self._futures[no] = make_future(self, no, name)
                 if is_only and self._asleep and self._direct is None and len(payload) <= DIRECT_BYTES:
-                    (packet,) = Encoder().pack(TaskSubmit([row]))
+                    (packet,) = self._direct_encoder.pack(TaskSubmit([row]))
                     direct = _Direct(row, packet)
                     self._direct = direct
                 else:
