@@ -251,25 +251,27 @@ class Forker:
         if not _has_stopped(worker.pid):
             return
         page = worker.page
+        answers = []
         while worker.freezes:
             message = worker.freezes.popleft()
             current, done, item = page[CURRENT], page[DONE], page[ITEM]
-            frozen = WorkerFrozen(worker.worker_id, current, done, item)
             in_progress = current if current != done else 0
-            if message.kill_seq and message.kill_seq == in_progress:
-                frozen.killed = True
-                self._send(frozen)
+            must_die = bool(message.kill_seq) and message.kill_seq == in_progress
+            answers.append(WorkerFrozen(worker.worker_id, current, done, item, killed=must_die))
+            if must_die:
                 self._kill(worker)
-                return
+                break
             for seq in message.revoke:
                 if seq > current:
                     _take_back(page, seq)
             if message.split_seq and message.split_seq == in_progress and page[STOP] > item + 1:
                 page[STOP] = item + 1
-            self._send(frozen)
-        worker.look_at = worker.stuck_at = None
-        if not worker.was_stopped:
-            platform.signal_process(worker.pidfd, signal.SIGCONT)
+        if not worker.killed:
+            worker.look_at = worker.stuck_at = None
+            if not worker.was_stopped:
+                platform.signal_process(worker.pidfd, signal.SIGCONT)
+        for answer in answers:
+            self._send(answer)
 
     def _kill(self, worker: _Worker) -> None:
         """Send SIGKILL to the process group. The rest follows when the worker is dead."""

@@ -54,7 +54,7 @@ class PartReader:
 
     def receive(self, readinto: Callable[[memoryview], int]) -> int:
         """Read once into the buffer that is being filled. Return the number of bytes, 0 at the end of the stream."""
-        count = readinto(self._room[self._at :])
+        count = readinto(self._room[self._at : self._at + READ_BYTES])
         self._advance(count)
         return count
 

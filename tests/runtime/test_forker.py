@@ -295,6 +295,7 @@ def test_kill_worker(agent: Agent) -> None:
     assert agent.fork(2).value_of(agent.workers[2].call(square, 6)) == 36
 
 
+@pytest.mark.skipif(platform.PORTABLE, reason="without PDEATHSIG it is the agent that kills them")
 def test_death_of_the_forker(agent: Agent) -> None:
     """Workers die with their forker, whatever they are doing."""
     workers = [agent.fork(1), agent.fork(2)]
@@ -371,7 +372,6 @@ def test_race(clean: None, monkeypatch: pytest.MonkeyPatch, is_slow: bool) -> No
     except BaseException:
         print("seed", seed)
         raise
-    assert not is_slow or all(hostile.counts.values()), (seed, hostile.counts)
 
 
 def count_call(number: int, length: int) -> int:
@@ -380,6 +380,9 @@ def count_call(number: int, length: int) -> int:
     for _ in range(length):
         pass
     return number
+
+
+MAX_CALLS = 100_000
 
 
 class HostileRun:
@@ -404,7 +407,12 @@ class HostileRun:
     def run(self) -> None:
         """Make every call, then compare with the journal."""
         total = len(self.pending)
-        while self.pending or self.outstanding:
+        while self.pending or self.outstanding or min(self.counts.values()) < 5:
+            if not self.pending and not self.outstanding:
+                # Not every kind of stop has hit often enough: with both CPUs busy they mostly come too late.
+                assert total < MAX_CALLS, self.counts
+                self.pending = list(range(total + 1000, total, -1))
+                total += 1000
             if not self.outstanding:
                 batch = [self.pending.pop() for _ in range(min(len(self.pending), self.rng.choice((5, 50, 200))))]
                 length = self.rng.choice((0, 1000, 5000))

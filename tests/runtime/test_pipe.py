@@ -1,0 +1,96 @@
+"""Records in result pipes: any cut, any size, what a dead worker leaves."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from scaler_executor.protocol.codec import FRAME_LENGTH, RemoteProtocolError
+from scaler_executor.protocol.messages import Frames
+from scaler_executor.protocol.page import RECORD, RECORD_ERROR, RECORD_VALUE
+from scaler_executor.runtime.pipe import Record, ResultPipe
+
+
+@pytest.fixture
+def ends(clean: None) -> Iterator[tuple[ResultPipe, int]]:
+    """A pipe's reader and the descriptor to write to."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    pipe = ResultPipe(read_fd)
+    yield pipe, write_fd
+    pipe.close()
+    os.close(write_fd)
+
+
+def record(kind: int, seq: int, item: int, payload: Any) -> bytes:
+    if isinstance(payload, bytes):
+        return RECORD.pack(len(payload), seq, item, 0, kind) + payload
+    body = b"".join([FRAME_LENGTH.pack(len(buffer)) for buffer in payload.buffers] + payload.buffers)
+    return RECORD.pack(len(body), seq, item, len(payload.buffers), kind) + body
+
+
+def write_all(pipe: ResultPipe, write_fd: int, data: bytes, *, step: int) -> list[Record]:
+    """Write in pieces, reading in between."""
+    records: list[Record] = []
+    at = 0
+    while at < len(data):
+        try:
+            at += os.write(write_fd, data[at : at + step])
+        except BlockingIOError:
+            pass
+        records += pipe.read(1 << 20)
+    return records + pipe.read(1 << 20)
+
+
+@pytest.mark.parametrize("step", [1, 23, 1000, 70_000])
+def test_records_arrive_as_they_were_written(ends: tuple[ResultPipe, int], step: int) -> None:
+    """Wherever the stream is cut, every record arrives whole and in order, with its frames apart."""
+    rng = random.Random(step)
+    size = 10 if step == 1 else 200_000
+    expected: list[Record] = []
+    for seq in range(60):
+        payload: Any = rng.randbytes(rng.choice((0, 5, 100)))
+        if seq % 10 == 3:
+            payload = Frames([rng.randbytes(rng.randrange(size)) for _ in range(rng.randrange(1, 4))])
+        if seq % 10 == 5:
+            payload = rng.randbytes(rng.randrange(size))
+        expected.append((rng.choice((RECORD_VALUE, RECORD_ERROR)), seq, seq * 3, payload))
+    data = b"".join(record(*each) for each in expected)
+    records = write_all(*ends, data, step=step)
+    assert records == expected
+    assert all(type(each[3]) in (bytes, Frames) for each in records)
+
+
+def test_drain_drops_a_partial_record(ends: tuple[ResultPipe, int]) -> None:
+    """After a death every whole record counts and the rest does not, though the pipe is still open."""
+    pipe, write_fd = ends
+    whole = record(RECORD_VALUE, 1, 0, b"abc")
+    os.write(write_fd, whole + whole[:-1])
+    assert pipe.drain() == [(RECORD_VALUE, 1, 0, b"abc")]
+    large = record(RECORD_VALUE, 2, 0, Frames([bytes(50_000)]))
+    os.write(write_fd, whole + large[:-1])
+    assert pipe.drain() == [(RECORD_VALUE, 1, 0, b"abc")]
+    os.write(write_fd, whole)
+    assert pipe.drain() == [(RECORD_VALUE, 1, 0, b"abc")]
+
+
+def test_read_is_bounded(ends: tuple[ResultPipe, int]) -> None:
+    """One read takes about as much as it was told to."""
+    pipe, write_fd = ends
+    whole = record(RECORD_VALUE, 1, 0, bytes(1000))
+    os.write(write_fd, whole * 60)
+    first = pipe.read(1)
+    assert first and len(first) + len(pipe.read(1 << 20)) == 60
+    assert pipe.read(1 << 20) == []
+
+
+def test_garbage_is_refused(ends: tuple[ResultPipe, int]) -> None:
+    """What no worker writes is a protocol error."""
+    pipe, write_fd = ends
+    os.write(write_fd, RECORD.pack(100, 1, 0, 2, RECORD_VALUE) + FRAME_LENGTH.pack(1) * 2)
+    with pytest.raises(RemoteProtocolError):
+        pipe.read(1 << 20)
