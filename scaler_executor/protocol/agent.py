@@ -63,6 +63,8 @@ from scaler_executor.protocol.page import (
 #: An agent that has lost its scheduler stops its calls after so long; shorter than `scheduler.FENCE_S` by more than
 #: clocks differ.
 FENCE_S: Final = 8.0
+#: In the place of a cancel_no: the call is stopped for want of a scheduler.
+FENCED: Final = -1
 #: Workers that are silent are looked at this often.
 LOOK_S: Final = 0.005
 #: A call may wait so long behind one in progress before it is taken back for an idle worker.
@@ -257,8 +259,8 @@ class AgentState:
         #: {(client_id, function_id): AgentFunction}
         self._functions: dict[tuple[int, int], AgentFunction] = {}
         self._last_worker_id = 0
-        #: Workers that died before they were ready, in a row.
-        self._start_failures = 0
+        #: {client_id: n}: so many workers in a row died before they were ready.
+        self._start_failures: dict[int, int] = {}
         #: {client_id: reason} of the clients for which no worker can be started.
         self._broken: dict[int, str] = {}
         #: Clients that are gone but still have workers here.
@@ -272,6 +274,8 @@ class AgentState:
         self._look_at: float | None = None
         #: When calls are stopped for want of a scheduler, or None.
         self._fence_at: float | None = None
+        #: That time is over: nothing is started until the scheduler is back.
+        self._fenced = False
         #: Calls in STOPPING_SOFT, for their deadlines.
         self._stopping: dict[int, Call] = {}
         #: Workers with calls in RECALLING or FREEZING about which no freeze has been sent.
@@ -279,6 +283,8 @@ class AgentState:
         self._story = Story()
         self._now = 0.0
         self._out: list[Instruction] = []
+        #: What may be answered before the call that carries it out returns; so it must come last.
+        self._late: list[Fork | Look] = []
         #: Rows of AgentResult, those of joined results still with `_Joined` for payload.
         self._results: list[Any] = []
         self._confirms: list[AgentConfirmRow] = []
@@ -315,10 +321,10 @@ class AgentState:
         elif isinstance(event, ForkFailed):
             self._fork_failed(event)
         elif isinstance(event, SchedulerLost):
-            if self._fence_at is None:
+            if self._fence_at is None and not self._fenced:
                 self._fence_at = now + FENCE_S
         elif isinstance(event, SchedulerBack):
-            self._fence_at = None
+            self._fence_at, self._fenced = None, False
         elif isinstance(event, NewEpoch):
             self._new_epoch()
         elif isinstance(event, Drain):
@@ -328,6 +334,8 @@ class AgentState:
         self._timers()
         self._dispatch()
         self._freeze()
+        if self._gone_clients:
+            self._settle_gone()
         self._flush()
         return out
 
@@ -362,9 +370,8 @@ class AgentState:
             if call.state in ("RECALLING", "FREEZING"):
                 worker = call.worker
                 assert worker is not None
-                assert worker.worker_id in self._to_freeze or (worker.freeze is not None and call in worker.freeze), (
-                    task_id
-                )
+                asked = worker.freeze is not None and worker.freeze.get(call.seq) is call
+                assert asked or worker.killed or worker.worker_id in self._to_freeze, task_id
         for worker in crew.workers.values():
             seqs = [call.seq for call in worker.held]
             assert seqs == sorted(set(seqs)), seqs
@@ -437,16 +444,19 @@ class AgentState:
         # Its calls are cancelled one by one, by the scheduler; here it is about its workers.
         self._gone_clients.add(client_id)
         self._broken.pop(client_id, None)
+        self._start_failures.pop(client_id, None)
         for key in [key for key in self._functions if key[0] == client_id]:
             del self._functions[key]
         for worker in [worker for worker in self._crew.workers.values() if worker.client_id == client_id]:
             if not worker.held:
                 self._retire(worker)
-        self._settle_gone(client_id)
 
-    def _settle_gone(self, client_id: int) -> None:
-        if not any(worker.client_id == client_id for worker in self._crew.workers.values()):
-            self._gone_clients.discard(client_id)
+    def _settle_gone(self) -> None:
+        """Forget the clients that are gone and of which nothing is left here: neither a worker nor a call."""
+        left = {worker.client_id for worker in self._crew.workers.values()}
+        if not self._gone_clients <= left:
+            left.update(call.client_id for call in self._calls.values())
+            self._gone_clients &= left
 
     def _drain(self) -> None:
         self._draining = True
@@ -457,7 +467,7 @@ class AgentState:
     def _new_epoch(self) -> None:
         """Forget all calls and clients: their numbers may come again and mean others. Room is offered when the old
         workers are gone."""
-        self._fence_at = None
+        self._fence_at, self._fenced = None, False
         self._said_capacity = 0
         for call in list(self._calls.values()):
             if call.state == "QUEUED":
@@ -465,10 +475,10 @@ class AgentState:
             else:
                 self._release(call)
             self._forget(call)
-        for table in (self._functions, self._broken, self._gone_clients):
+        for table in (self._functions, self._broken, self._gone_clients, self._start_failures):
             table.clear()
         for worker in self._crew.workers.values():
-            worker.freeze = [] if worker.freeze is not None else None
+            worker.freeze = {} if worker.freeze is not None else None
             self._crew.idle.pop(worker.worker_id, None)
             worker.state, worker.retired = "LEAVING", True
             self._old_workers.add(worker.worker_id)
@@ -485,15 +495,16 @@ class AgentState:
                 self._returned.append((call.task_id, call.attempt))
 
     def _stop_everything(self) -> None:
-        """Stop all calls at once: nobody asked for them, or nobody can be told."""
+        """Stop all calls at once, for the scheduler may soon take it that they have stopped.
+
+        What becomes of them is said as ever: the scheduler hears of it if the connection goes on after all.
+        """
+        self._hand_back(None)
         for call in list(self._calls.values()):
-            if call.state == "QUEUED":
-                self._unqueue(call)
-                self._forget(call)
-            elif call.state in ("HELD", "RUNNING", "RECALLING", "STOPPING_SOFT"):
+            if call.state in ("HELD", "RUNNING", "RECALLING", "STOPPING_SOFT"):
                 self._stopping.pop(call.task_id, None)
                 self._story.add(self._now, call.task_id, "fence", call.state, "FREEZING")
-                call.cancel_no, call.kind = call.cancel_no or -1, CancelKind.FORCED
+                call.cancel_no, call.kind = call.cancel_no or FENCED, CancelKind.FORCED
                 self._want_freeze(call, "FREEZING")
 
     # From workers
@@ -518,8 +529,8 @@ class AgentState:
             elif kind == RECORD_READY:
                 self._ready(worker)
             elif kind == RECORD_START_FAILED:
-                self._start_failures = MAX_START_FAILURES
-                self._broken_client(worker.client_id, bytes(payload).decode("utf-8", "replace"))
+                if worker.state != "LEAVING":
+                    self._broken_client(worker.client_id, bytes(payload).decode("utf-8", "replace"))
             elif kind in (RECORD_UNWOUND, RECORD_SKIPPED):
                 worker.heard_seq = max(worker.heard_seq, seq)
                 call = next((call for call in held if call.seq == seq), None)
@@ -592,7 +603,7 @@ class AgentState:
             crew.measured_task(seconds / calls)
 
     def _ready(self, worker: Worker) -> None:
-        self._start_failures = 0
+        self._start_failures.pop(worker.client_id, None)
         if worker.state == "STARTING":
             worker.state = "READY"
 
@@ -637,16 +648,19 @@ class AgentState:
 
     def _fork_failed(self, event: ForkFailed) -> None:
         worker = self._crew.workers.pop(event.worker_id)
+        self._old_workers.discard(event.worker_id)
         self._start_failed(worker, f"no worker could be started: {event.reason}")
 
     def _start_failed(self, worker: Worker, reason: str) -> None:
-        if worker.retired or worker.state == "LEAVING":
+        if worker.retired or worker.state == "LEAVING" or worker.client_id in self._gone_clients:
             return
-        self._start_failures += 1
-        if self._start_failures >= MAX_START_FAILURES:
+        client_id = worker.client_id
+        failures = self._start_failures[client_id] = self._start_failures.get(client_id, 0) + 1
+        if failures >= MAX_START_FAILURES:
             self._broken_client(worker.client_id, reason)
 
     def _broken_client(self, client_id: int, reason: str) -> None:
+        self._start_failures.pop(client_id, None)
         if client_id not in self._broken and client_id not in self._gone_clients:
             self._broken[client_id] = reason
             self._hand_back(client_id)
@@ -654,13 +668,19 @@ class AgentState:
 
     def _frozen(self, event: Frozen) -> None:
         worker = self._crew.workers[event.worker_id]
-        asked, split_seq = worker.freeze or [], worker.freeze_split
+        # Not those answered in the meantime by their result, or by a record that they were skipped; such a call may be
+        # in the hands of the same worker again, under another number.
+        asked = [call for seq, call in (worker.freeze or {}).items() if call.worker is worker and call.seq == seq]
+        split_seq = worker.freeze_split
         worker.freeze, worker.freeze_split = None, 0
         if event.killed:
             self._leave(worker)
+            worker.killed = True
+        worker.stuck = event.stuck
+        if event.stuck:
+            # Also of those about which no freeze was sent because the worker was killed: nobody else will answer them.
+            asked = [call for call in worker.held if call.state in ("RECALLING", "FREEZING", "KILLING")]
         for call in asked:
-            if call.worker is not worker:
-                continue  # answered in the meantime, by its result or by a record that it was skipped
             if event.stuck:
                 self._step(call, "STUCK")
             elif call.seq > event.current:
@@ -669,12 +689,11 @@ class AgentState:
                 self._step(call, "OVER")
             elif event.killed:
                 self._step(call, "KILLED")
+            elif call.seq != split_seq and call.state == "RECALLING" and call.open_items > 1 and not _is_forced(call):
+                self._want_freeze(call, "RECALLING")  # another run was in progress when it was asked to be split
             else:
                 at = call.given_from + event.item + 1 if call.seq == split_seq else call.items
                 self._step(call, "IN_PROGRESS", min(at, call.items))
-        if event.stuck and not asked:
-            for call in [call for call in worker.held if call.state == "KILLING"]:
-                self._step(call, "STUCK")
         if any(call.state in ("RECALLING", "FREEZING") for call in worker.held):
             self._to_freeze[worker.worker_id] = worker  # asked for while the freeze was under way
         self._maybe_idle(worker)
@@ -693,14 +712,18 @@ class AgentState:
         # From the back, so that what is queued again stands in front in its old order.
         for call in reversed(calls):
             claimed = call.seq == event.current and event.done < event.current
-            if claimed and (call.given_items == 1 or call.start == call.given_from + event.item):
+            if call.given_items == 1:
+                # If it claims to be over and has no result, user code has written over the page or the pipe: it may
+                # have started.
+                in_progress = claimed or call.seq <= event.done
+            else:
+                in_progress = claimed and call.start == call.given_from + event.item
+            if in_progress:
                 self._step(call, "EXITED_IN_PROGRESS", event.report)
             else:
                 # Not claimed, or between two items of a run.
                 self._step(call, "EXITED_NOT_STARTED", event.report)
         assert not worker.held
-        if worker.client_id in self._gone_clients:
-            self._settle_gone(worker.client_id)
 
     # Cells of the table. Each takes the call and what the event carries.
 
@@ -755,16 +778,14 @@ class AgentState:
         if call.cancel_no and call.kind is CancelKind.FORCED:
             if at < call.items:
                 # It was a recall when the freeze was sent, and its worker will not come to these any more.
-                tail = self._split_tail(call, at)
-                tail.cancel_no = call.cancel_no
-                self._confirm_canceled(tail)
+                self._stop_tail(call, at)
             self._stop(call)
         elif at == call.items:
             if call.cancel_no:
                 self._refuse(call)
         elif call.cancel_no:
-            self._confirms.append((call.task_id, call.attempt, call.cancel_no, CANCELED, at))
-            call.items, call.cancel_no = at, 0
+            self._cancel_tail(call, at)
+            call.cancel_no = 0
         else:
             self._requeue(self._split_tail(call, at))
 
@@ -778,9 +799,7 @@ class AgentState:
             self._stopped(call)
             return
         if at < call.items:
-            tail = self._split_tail(call, at)
-            tail.cancel_no = call.cancel_no
-            self._confirm_canceled(tail)
+            self._stop_tail(call, at)
         self._want_freeze(call, "FREEZING")
 
     def _kill_at_grace(self, call: Call) -> None:
@@ -792,36 +811,41 @@ class AgentState:
 
     def _stuck(self, call: Call) -> None:
         call.state = "HELD"
-        if call.cancel_no:
+        if call.cancel_no == FENCED:
+            call.cancel_no = 0
+        elif call.cancel_no:
             self._refuse(call)
 
     def _stopped(self, call: Call, *_: Any) -> None:
         """The code has stopped, or was not started: unwound, skipped, or its process group is gone."""
+        if call.cancel_no == FENCED:
+            call.cancel_no = 0
+            self._died(call, DeathReport(reason="its machine was cut off from the scheduler, and stopped it"))
+            return
         self._release(call)
         self._confirm_canceled(call)
 
     def _died(self, call: Call, report: DeathReport) -> None:
         """Its worker died in it: in the first outstanding item, the others never started."""
+        if call.cancel_no > 0 and _is_forced(call):
+            self._stopped(call)
+            return
         self._release(call)
         if call.open_items > 1:
-            tail = self._split_tail(call, call.start + 1)
-            if call.cancel_no:
-                tail.cancel_no, tail.kind = call.cancel_no, call.kind
-                self._confirm_canceled(tail)
+            if call.cancel_no > 0:
+                self._cancel_tail(call, call.start + 1)
             else:
-                self._requeue(tail)
+                self._requeue(self._split_tail(call, call.start + 1))
         self._forget(call)
         self._deaths.append((call.task_id, call.attempt, report))
 
-    def _died_recalling(self, call: Call, report: DeathReport) -> None:
-        if call.cancel_no and call.kind is CancelKind.FORCED:
+    def _unwound_late(self, call: Call) -> None:
+        # It was interrupted, and then a freeze found it over, or it could not be frozen and its cancel was refused. It
+        # has started and has no result: without a cancel that this answers, that is a death.
+        if call.cancel_no:
             self._stopped(call)
         else:
-            self._died(call, report)
-
-    def _broken_rule(self, call: Call, *details: Any) -> None:
-        assert call.worker is not None
-        self._misbehaved(call.worker, f"call {call.seq} in state {call.state}")
+            self._died(call, DeathReport(reason="it stopped after its cancel had been refused"))
 
     # What cells do
 
@@ -850,10 +874,26 @@ class AgentState:
         self._confirms.append((call.task_id, call.attempt, call.cancel_no, FAILED, 0))
         call.cancel_no = 0
 
+    def _cancel_tail(self, call: Call, at: int) -> None:
+        """Confirm that the items from `at` on will not run; those before it are another matter."""
+        self._confirms.append((call.task_id, call.attempt, call.cancel_no, CANCELED, at))
+        call.items = at
+
+    def _stop_tail(self, call: Call, at: int) -> None:
+        """Take the items from `at` on out of a call that is being stopped: its worker will not come to them."""
+        if call.cancel_no == FENCED:
+            self._requeue(self._split_tail(call, at))
+        else:
+            tail = self._split_tail(call, at)
+            tail.cancel_no = call.cancel_no
+            self._confirm_canceled(tail)
+
     def _confirm_canceled(self, call: Call) -> None:
         """Answer for the outstanding items of a call that no worker has, and forget it."""
         self._forget(call)
-        if call.cancel_no > 0:
+        if call.cancel_no == FENCED:
+            self._returned.append((call.task_id, call.attempt))
+        else:
             self._confirms.append((call.task_id, call.attempt, call.cancel_no, CANCELED, call.start))
 
     def _forget(self, call: Call) -> None:
@@ -879,7 +919,7 @@ class AgentState:
         if call.start:
             call = self._split_tail(call, call.start)
         call.state, call.cancel_no, call.kind = "QUEUED", 0, CancelKind.RECALL
-        if self._draining or call.client_id in self._broken:
+        if self._draining or self._fenced or call.client_id in self._broken:
             self._forget(call)
             self._returned.append((call.task_id, call.attempt))
             return
@@ -917,7 +957,7 @@ class AgentState:
         self._last_worker_id += 1
         worker = Worker(self._last_worker_id, client_id)
         self._crew.workers[worker.worker_id] = worker
-        self._out.append(Fork(worker.worker_id))
+        self._late.append(Fork(worker.worker_id))
 
     def _leave(self, worker: Worker) -> None:
         """The worker will not be used again; its replacement is ordered now, not when it is gone."""
@@ -1013,7 +1053,7 @@ class AgentState:
     def _timers(self) -> None:
         now = self._now
         if self._fence_at is not None and self._fence_at <= now:
-            self._fence_at = None
+            self._fence_at, self._fenced = None, True
             self._stop_everything()
         if self._stopping:
             for call in [call for call in self._stopping.values() if call.grace_due <= now]:
@@ -1034,8 +1074,14 @@ class AgentState:
             behind = len(worker.held) > 1 or head.open_items > 1
             if head.state == "HELD" or behind:
                 again = True
-                self._out.append(Look(worker.worker_id))
-            if behind and spare > 0 and worker.freeze is None and now - worker.portion_since >= RECALL_S:
+                self._late.append(Look(worker.worker_id))
+            if (
+                behind
+                and spare > 0
+                and worker.freeze is None
+                and not worker.stuck
+                and now - worker.portion_since >= RECALL_S
+            ):
                 spare -= self._recall(worker)
         if again:
             self._look_at = now + LOOK_S
@@ -1057,11 +1103,15 @@ class AgentState:
                 continue
             del self._to_freeze[worker.worker_id]
             asked = [call for call in worker.held if call.state in ("RECALLING", "FREEZING")]
-            if not asked or worker.state == "FORKING":
+            if worker.stuck and worker.killed:
+                for call in asked:
+                    self._step(call, "STUCK")
                 continue
+            if not asked or worker.killed:
+                continue  # its exit answers
             kill = next((call.seq for call in asked if call.state == "FREEZING"), 0)
-            split = next((call.seq for call in asked if call.items > 1 and call.kind is not CancelKind.FORCED), 0)
-            worker.freeze, worker.freeze_split = asked, split
+            split = next((call.seq for call in asked if call.open_items > 1 and not _is_forced(call)), 0)
+            worker.freeze, worker.freeze_split = {call.seq: call for call in asked}, split
             self._out.append(Freeze(worker.worker_id, kill, [call.seq for call in asked], split))
 
     # Out
@@ -1069,6 +1119,15 @@ class AgentState:
     def _flush(self) -> None:
         """Turn what the step collected into messages, splits before anything is said of their tails."""
         out = self._out
+        # First what keeps the scheduler from sending back at once what is handed back below.
+        for news in self._broken_news:
+            out.append(Send(news))
+        self._broken_news.clear()
+        capacity = 0 if self._draining or self._old_workers else self._crew.task_capacity()
+        said = self._said_capacity
+        if capacity != said and (not said or not capacity or not (said / 1.5 < capacity < said * 1.5)):
+            self._said_capacity = capacity
+            out.append(Send(AgentCapacity(capacity, self._crew.max_workers)))
         if self._splits:
             out.append(Send(TaskSplit(self._splits)))
             self._splits = []
@@ -1087,17 +1146,16 @@ class AgentState:
         if self._returned:
             out.append(Send(TaskReturned(self._returned)))
             self._returned = []
-        for news in self._broken_news:
-            out.append(Send(news))
-        self._broken_news.clear()
-        capacity = 0 if self._draining or self._old_workers else self._crew.task_capacity()
-        said = self._said_capacity
-        if capacity != said and (not said or not capacity or not (said / 1.5 < capacity < said * 1.5)):
-            self._said_capacity = capacity
-            out.append(Send(AgentCapacity(capacity, self._crew.max_workers)))
         if self._draining and not self._crew.workers and not self._calls and not self._drained:
             self._drained = True
             out += [Send(Bye()), Drained()]
+        if self._late:
+            out += self._late
+            self._late = []
+
+
+def _is_forced(call: Call) -> bool:
+    return bool(call.cancel_no) and call.kind is CancelKind.FORCED
 
 
 class _Joined(list[bytes]):
@@ -1145,7 +1203,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     },
     "HELD": {
         "CANCEL": _A._cancel_held,
-        "UNWOUND": _A._broken_rule,
+        "UNWOUND": _A._unwound_late,
         # Only from a worker that has unwound from the call before it.
         "SKIPPED": _A._not_started,
         # A freeze asks only about calls in RECALLING or FREEZING, and these leave that state by its answer.
@@ -1160,8 +1218,9 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     },
     "RUNNING": {
         "CANCEL": _A._cancel_running,
-        "UNWOUND": _A._broken_rule,
-        "SKIPPED": _A._broken_rule,
+        "UNWOUND": _A._unwound_late,
+        # It had been claimed when it was seen, but not yet looked at.
+        "SKIPPED": _A._not_started,
         "NOT_STARTED": forbidden,
         "IN_PROGRESS": forbidden,
         "OVER": forbidden,
@@ -1175,7 +1234,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     "RECALLING": {
         # A user's cancel over a recall of our own: the freeze tells how far it can go.
         "CANCEL": _A._newest_counts,
-        "UNWOUND": _A._broken_rule,
+        "UNWOUND": _A._unwound_late,
         # The record overtook the forker's report of the freeze.
         "SKIPPED": _A._not_started,
         "NOT_STARTED": _A._not_started,
@@ -1185,7 +1244,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "KILLED": forbidden,
         "STUCK": _A._stuck,
         "GRACE_DUE": forbidden,
-        "EXITED_IN_PROGRESS": _A._died_recalling,
+        "EXITED_IN_PROGRESS": _A._died,
         "EXITED_NOT_STARTED": _A._not_started,
     },
     "STOPPING_SOFT": {

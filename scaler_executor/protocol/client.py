@@ -232,21 +232,21 @@ class ClientState:
 
     def outstanding_tasks(self) -> list[int]:
         """Return the numbers of the tasks without a full answer, oldest first."""
-        return list(self._tasks)
+        return sorted(self._tasks)  # those that are asked about move to the end
 
     # What callers ask
 
     def _batch(self, batch: Batch) -> None:
-        if self._said_bye:
-            raise LocalProtocolError("bug: submitted after Bye")
         tasks = batch.tasks
+        if self._said_bye and tasks:
+            raise LocalProtocolError("bug: submitted after Bye")
         if batch.cancels:
             tasks = self._unsend(tasks, batch.cancels)
         if self._lost is not None:
             if tasks:
                 self._out.append(Lost([row[0] for row in tasks], self._lost))
             return
-        if tasks or batch.functions or batch.forget:
+        if (tasks or batch.functions or batch.forget) and not self._said_bye:
             submit = TaskSubmit(tasks, batch.functions, batch.forget)
             if self._welcome is None:
                 self._tasks.update((row[0], ClientTask(row[0], UNSENT, row[1])) for row in tasks)
@@ -286,8 +286,7 @@ class ClientState:
             self._out.append(Send(TaskCancel(rows)))
 
     def _drop_unsent(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
-        for submit in self._backlog:
-            submit.tasks = [row for row in submit.tasks if row[0] != task.no]
+        # Its row stays in the backlog until the Welcome, for a search here would make cancelling many a slow affair.
         self._cancelled(task, REST, task.open_items, "CANCELED")
 
     def _ask(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
@@ -332,6 +331,7 @@ class ClientState:
         self._welcome = message
         backlog, self._backlog = self._backlog, []
         for submit in backlog:
+            submit.tasks = [row for row in submit.tasks if row[0] in self._tasks]
             self._send(submit)
 
     def _results(self, results: list[ClientResultRow]) -> None:

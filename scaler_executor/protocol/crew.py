@@ -101,12 +101,16 @@ class Worker:
         self.load_s = 0.0
         #: Since when the oldest portion has been the oldest.
         self.portion_since = 0.0
-        #: The calls that the freeze under way asks about; None: no freeze is under way.
-        self.freeze: list[Call] | None = None
+        #: The calls that the freeze under way asks about, by their numbers; None: no freeze is under way.
+        self.freeze: dict[int, Call] | None = None
         #: The run whose items that freeze takes back, as far as it has not come to them; 0: none.
         self.freeze_split = 0
         #: Told to exit when it has nothing left to do.
         self.retired = False
+        #: Its process group has been killed: a freeze would not be answered, its exit answers.
+        self.killed = False
+        #: It did not stand still, or die, in time: nothing is recalled from it, and once killed it cannot be stopped.
+        self.stuck = False
 
 
 class Crew:

@@ -285,6 +285,10 @@ class LinkState:
         if frame.epoch != self._epoch if self._connects else frame.epoch <= self._epoch:
             self.stale += 1  # of an earlier transport
             return
+        if not self._connects:
+            # Also if this ends badly: the other end must hear that it is not known here.
+            self._epoch = frame.epoch
+            self._out.append(Transmit(self._greeting()))
         if not frame.sender or (self._peer and frame.sender != self._peer):
             self._lose("it was started anew and knows nothing of this session")
             return
@@ -295,9 +299,6 @@ class LinkState:
             self._lose(f"it has forgotten what it had received after packet {frame.received}")
             return
         self._peer = frame.sender
-        if not self._connects:
-            self._epoch = frame.epoch
-            self._out.append(Transmit(self._greeting()))
         self._acked = self._received
         self._forget_up_to(frame.received)
         self._lease_due = None

@@ -192,6 +192,8 @@ class Client:
         self.last_no = 0
         #: Set when it is lost: its tasks are being stopped and nobody is answered.
         self.gone = False
+        #: Number of its tasks that are not over; kept from the time when it is gone.
+        self.tasks_left = 0
         #: Why no worker can be started for it, or None.
         self.broken: str | None = None
         self.results: list[ClientResultRow] = []
@@ -299,6 +301,7 @@ class SchedulerState:
             assert task.state != FENCING or id(task) in fenced, task_id
             assert not task.client.gone or task.state in (CANCELING, FENCING), (task_id, task.state)
             assert not task.client.gone or task.client in self._leaving
+            assert task.state != QUEUED or not task.recall_refused
             assert task.no not in task.client.runs or task.client.runs[task.no][task_id] is task
             if task.agent is not None:
                 held[task.agent] += 1
@@ -308,6 +311,8 @@ class SchedulerState:
             if isinstance(client, Client):
                 assert client in self._ready or not any(task.state == QUEUED for task in client.queue)
                 assert all(client.runs.values())
+        for client in self._leaving:
+            assert 0 < client.tasks_left == sum(task.client is client for task in self._tasks.values())
         assert not self._touched
 
     @property
@@ -363,17 +368,19 @@ class SchedulerState:
     def _client_lost(self, client: Client) -> None:
         client.gone = True
         self._leaving.add(client)
-        for task in [task for task in self._tasks.values() if task.client is client]:
+        tasks = [task for task in self._tasks.values() if task.client is client]
+        client.tasks_left = len(tasks)
+        for task in tasks:
             self._step(task, "CLIENT_LOST")
         client.queue.clear()
         self._touched.pop(client, None)
+        keys = [(client.client_id, function_id) for function_id in client.functions]
         for agent in self._agents:
+            agent.known.drop(keys)  # it drops its own with ClientGone
+            agent.broken_for.discard(client.client_id)
             agent.gone_clients.append(client.client_id)
             self._touched[agent] = None
-        self._settle_leaving(client)
-
-    def _settle_leaving(self, client: Client) -> None:
-        if client.gone and not any(task.client is client for task in self._tasks.values()):
+        if not client.tasks_left:
             self._leaving.discard(client)
 
     # From clients
@@ -472,6 +479,9 @@ class SchedulerState:
                 if isinstance(client, Client) and client.client_id == message.client_id:
                     self._break(client, message.reason)
         elif isinstance(message, Bye):
+            # It says so when it holds nothing: what it still seems to have crossed its Bye and never reached it.
+            for task in reversed([task for task in self._tasks.values() if task.agent is agent]):
+                self._step(task, "RETURNED")
             self._out.append(Drop(agent.peer, "bye"))
             self._peer_lost(agent.peer, "left", stopped=True)
         else:
@@ -488,9 +498,8 @@ class SchedulerState:
         if kind == CANCELED:
             if not (task.start <= at < task.items):
                 raise RemoteProtocolError(f"Canceled from item {at} on, of {task.start} to {task.items}")
-            # The number is not looked at: an agent that says Canceled to whatever request does not have the items any
-            # more.
-            self._step(task, "CANCELED", at)
+            # Also if it answers an older request: an agent that says Canceled does not have the items any more.
+            self._step(task, "CANCELED", at, cancel_no == task.agent_cancel_no)
         elif cancel_no != task.agent_cancel_no:
             self.stale += 1  # a newer request is out, this one's failure says nothing about it
         elif kind == FAILED:
@@ -545,20 +554,22 @@ class SchedulerState:
         if task.start == task.items:
             self._forget(task)
 
-    def _came_back(self, task: Task, at: int) -> None:
+    def _came_back(self, task: Task, at: int, is_newest: bool) -> None:
         task.state, task.agent_cancel_no = ASSIGNED, 0
         self._requeue(self._split_off(task, at) if at > task.start else task)
 
-    def _cancelled(self, task: Task, at: int) -> None:
+    def _cancelled(self, task: Task, at: int, is_newest: bool) -> None:
+        head, user_cancel_no = task, task.user_cancel_no
         if at > task.start:
-            # Only the tail had not started. The rest runs on, and the request has done what it could.
-            tail = self._split_off(task, at)
-            task.state, task.agent_cancel_no, task.user_cancel_no = ASSIGNED, 0, 0
-            task = tail
-        self._answer(task, task.user_cancel_no, CANCELED)
+            task = self._split_off(task, at)
+            # Only the tail had not started. The rest runs on, and the request has done what it could; but if a soft
+            # request has been overtaken by a forced one, that one is still on its way to the rest.
+            if is_newest and not head.client.gone:
+                head.state, head.agent_cancel_no, head.user_cancel_no = ASSIGNED, 0, 0
+        self._answer(task, user_cancel_no, CANCELED)
         self._forget(task)
 
-    def _cancelled_unasked(self, task: Task, at: int) -> None:
+    def _cancelled_unasked(self, task: Task, at: int, is_newest: bool) -> None:
         raise RemoteProtocolError(f"Canceled without a request, task {task.task_id}")
 
     def _runs_on(self, task: Task) -> None:
@@ -682,7 +693,9 @@ class SchedulerState:
                 if not pieces:
                     del client.runs[task.no]
         if client.gone:
-            self._settle_leaving(client)
+            client.tasks_left -= 1
+            if not client.tasks_left:
+                self._leaving.discard(client)
 
     def _split_off(self, task: Task, at: int) -> Task:
         """Make the items of `task` from `at` on a task of their own, held by nobody, of the same attempt."""
@@ -700,6 +713,8 @@ class SchedulerState:
         task.items = at
         self._tasks[tail.task_id] = tail
         task.client.runs[task.no][tail.task_id] = tail
+        if task.client.gone:
+            task.client.tasks_left += 1
         return tail
 
     def _requeue(self, task: Task, new_attempt: bool = False) -> None:
@@ -715,7 +730,7 @@ class SchedulerState:
             task.agent = None
         if new_attempt:
             task.attempt += 1
-        task.state = QUEUED
+        task.state, task.recall_refused = QUEUED, False
         if client.broken is not None:
             self._fail_broken(task, client.broken)
             return
@@ -777,7 +792,7 @@ class SchedulerState:
 
     def _has_queued(self, client: Client) -> bool:
         queue = client.queue
-        while queue and queue[0].state is not QUEUED:
+        while queue and queue[0].state != QUEUED:
             queue.popleft()
         return bool(queue)
 
@@ -799,7 +814,7 @@ class SchedulerState:
         assigned = 0
         while assigned < turn and queue:
             task = queue.popleft()
-            if task.state is not QUEUED:
+            if task.state != QUEUED:
                 continue
             task.state = ASSIGNED
             task.agent = agent
@@ -883,7 +898,7 @@ STATES: Final = (QUEUED, ASSIGNED, RECALLING, CANCELING, FENCING)
 EVENTS: Final = (
     "CANCEL",  # by the client: cancel_no, kind
     "RESULT",  # by the agent: first, count, kind, payload
-    "CANCELED",  # by the agent: at
+    "CANCELED",  # by the agent: at; whether that answers the newest request
     "FAILED",  # by the agent, of the newest request
     "NOT_FOUND",  # by the agent, of the newest request
     "DIED",  # by the agent: report. The worker died in the first outstanding item.
