@@ -302,8 +302,10 @@ class AgentRuntime:
     def _from_forker(self, message: ForkerMessage, fds: list[int]) -> None:
         if isinstance(message, WorkerForked):
             self._ordered.discard(message.worker_id)
-            self._workers[message.worker_id] = WorkerHandle(message.worker_id, message.pid, fds)
+            handle = self._workers[message.worker_id] = WorkerHandle(message.worker_id, message.pid, fds)
             self.handle(protocol.Forked(message.worker_id, message.pid))
+            if handle.page[RANG] and not self._is_held_up:
+                self._read(handle)  # it rang, and the bell was heard, before this end of it was here
         elif isinstance(message, WorkerFrozen):
             if message.worker_id in self._workers:
                 self.handle(
