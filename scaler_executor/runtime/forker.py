@@ -357,8 +357,8 @@ class Forker:
         ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
             return  # its threads are still ending
-        if worker.killed or ended.si_code != os.CLD_EXITED or ended.si_status:
-            # While it is a zombie nobody else can have its number.
+        if worker.killed or worker.page[INTERRUPT] or ended.si_code != os.CLD_EXITED or ended.si_status:
+            # What a stopped or dead call has started goes with it. While it is a zombie nobody else can have its number.
             worker.killed = True
             platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
         _, status, usage = os.wait4(worker.pid, 0)

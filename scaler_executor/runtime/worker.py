@@ -164,6 +164,7 @@ class Worker:
                 self._serve(decode(*packets.pop(0)))  # no name here keeps a message alive while the next is awaited
                 self._ring()
                 if self._was_interrupted:
+                    _abandon_children()
                     _exit()
                 if signal.getsignal(signal.SIGINT) != on_interrupt:
                     signal.signal(signal.SIGINT, on_interrupt)  # a call installed its own
@@ -444,6 +445,13 @@ def _flush_streams() -> None:
         sys.stderr.flush()
     except Exception:
         pass  # replaced, closed or full: none of that is the call's result
+
+
+def _abandon_children() -> None:
+    """Have `_exit` wait for no child of multiprocessing: they are stopped with the call that started them."""
+    process: Any = sys.modules.get("multiprocessing.process")
+    if process is not None:
+        process._children.clear()
 
 
 def _exit() -> NoReturn:

@@ -10,6 +10,7 @@ Imported by the calls in `workload` as well, in workers of every kind: so it is 
 from __future__ import annotations
 
 import gc
+import itertools
 import mmap
 import os
 import select
@@ -341,6 +342,7 @@ class Scene:
         self.mark = f"{MARK}-{os.getpid()}-{time.monotonic_ns()}"
         os.environ[MARK] = self.mark
         self._parts: list[Fifo | Heartbeat | Journal | Client] = []
+        self._numbers = itertools.count()
         marked = directory / self.mark
         marked.write_bytes(bytes(mmap.PAGESIZE))
         with open(marked, "r+b") as file:
@@ -349,13 +351,13 @@ class Scene:
         self._before = self._inventory()
 
     def fifo(self) -> Fifo:
-        return self._keep(Fifo(self.directory / f"fifo_{len(self._parts)}"))
+        return self._keep(Fifo(self.directory / f"fifo_{next(self._numbers)}"))
 
     def heartbeat(self) -> Heartbeat:
-        return self._keep(Heartbeat(self.directory / f"heartbeat_{len(self._parts)}"))
+        return self._keep(Heartbeat(self.directory / f"heartbeat_{next(self._numbers)}"))
 
     def journal(self) -> Journal:
-        return self._keep(Journal(self.directory / f"journal_{len(self._parts)}"))
+        return self._keep(Journal(self.directory / f"journal_{next(self._numbers)}"))
 
     def client(self, source: str, *arguments: object, **options: Any) -> Client:
         return self._keep(Client(source, *arguments, directory=self.directory, **options))

@@ -66,7 +66,6 @@ def test_python_loop(scene: Scene, make: Make, call: Callable[..., Any]) -> None
     pid, target = cancel_beside_neighbour(scene, executor, call, heartbeat)
     assert_stopped(target)
     wait_gone(pid)
-    assert heartbeat.count > 0
 
 
 @pytest.mark.parametrize("call", [workload.catch_everything, workload.defy])
