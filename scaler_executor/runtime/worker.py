@@ -375,10 +375,10 @@ class Worker:
         if written == len(data):
             return
         rest = memoryview(data)[written:]
-        self._ring()
         poller = select.poll()
         poller.register(self._pipe_fd, select.POLLOUT)
         while rest:
+            self._ring()  # each time: the agent has emptied the pipe since the last one
             poller.poll()
             try:
                 rest = rest[os.write(self._pipe_fd, rest) :]
