@@ -358,7 +358,7 @@ class Forker:
         if ended is None:
             return  # its threads are still ending
         if worker.killed or worker.page[INTERRUPT] or ended.si_code != os.CLD_EXITED or ended.si_status:
-            # What a stopped or dead call has started goes with it. While it is a zombie nobody else can have its number.
+            # What a stopped or dead call has started goes with it. Nobody else can have the number of a zombie.
             worker.killed = True
             platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
         _, status, usage = os.wait4(worker.pid, 0)
