@@ -63,12 +63,14 @@ class FakeScheduler:
         self.said_bye = threading.Event()
         self.was_killed = threading.Event()
         self.joined = False
+        self.on_join: Callable[[], Any] = lambda: None
         self._thread = threading.Thread(target=self._run, name="fake scheduler")
         self._thread.start()
 
     # As EmbeddedCluster
 
     def join(self) -> str:
+        self.on_join()
         self._thread.join()
         self.close()
         self.joined = True
@@ -88,7 +90,10 @@ class FakeScheduler:
 
     def send(self, message: Message) -> None:
         with self._send_lock:
-            self._mine.sendall(b"".join(self._encoder.pack(message)))
+            try:
+                self._mine.sendall(b"".join(self._encoder.pack(message)))
+            except OSError:
+                pass  # it is dead already, as far as the client can tell
 
     def welcome(self) -> None:
         self.send(Welcome(1))
@@ -166,11 +171,17 @@ class FakeScheduler:
 class Setting:
     """A client, the fake scheduler behind it, and what tests keep doing with the two."""
 
-    def __init__(self, *, welcome: bool = True, cancel_timeout_s: float | None = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        *,
+        welcome: bool = True,
+        cancel_timeout_s: float | None = PATIENCE_S,
+        kind: type[ClientFutureManager] = ClientFutureManager,
+    ) -> None:
         self.scheduler = FakeScheduler()
         if welcome:
             self.scheduler.welcome()
-        self.client = ClientFutureManager(self.scheduler, CallPickler(None), cancel_timeout_s=cancel_timeout_s)
+        self.client = kind(self.scheduler, CallPickler(None), cancel_timeout_s=cancel_timeout_s)
 
     def submit(self, *args: Any) -> ScalerFuture[Any]:
         return self.client.submit(never_called, args, {})

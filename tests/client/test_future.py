@@ -314,6 +314,16 @@ def test_the_io_thread_does_not_wait(setting: Setting) -> None:
     assert not future.done()
 
 
+def test_the_io_thread_does_not_wait_outside_its_lock_either(setting: Setting) -> None:
+    """The same wherever in that thread the finalizer happens to run."""
+    answers: list[bool] = []
+    setting.scheduler.on_join = lambda: answers.append(setting.client.may_wait())
+    assert setting.client.may_wait()
+    setting.client.close()
+    setting.client.join()
+    assert answers == [False]
+
+
 def test_at_interpreter_exit_nobody_waits(setting: Setting) -> None:
     """From the moment at which the interpreter begins to exit cancel() only passes the request on."""
     future, _ = setting.submit_sent()
@@ -509,22 +519,34 @@ def end(setting: Setting, future: ScalerFuture[Any], no: int, answer: str) -> No
 # Results
 
 
-def test_a_value_is_unpickled_once_by_its_first_reader(setting: Setting) -> None:
-    """Nothing is unpickled until somebody reads, then once, and everybody gets the same object."""
+def test_a_value_is_unpickled_by_its_first_reader(setting: Setting) -> None:
+    """Nothing is unpickled until somebody reads; who reads later gets the same object."""
     Counted.unpickled = 0
     future = setting.finished(Counted())
     assert future.done() and Counted.unpickled == 0
-    start = threading.Barrier(4)
-
-    def read() -> Any:
-        start.wait(PATIENCE_S)
-        return future.result()
-
-    readers = [Background(read) for _ in range(4)]
-    values = [reader.result() for reader in readers]
-    assert all(value is values[0] for value in values)
+    value = future.result()
     assert Counted.unpickled == 1
-    assert future.exception() is None and future._result is values[0]
+    assert future.result() is value and future._result is value and future.exception() is None
+    assert Counted.unpickled == 1
+
+
+def test_readers_at_the_same_time_get_the_same_object(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that overtakes another one in unpickling publishes the object that both return."""
+    future = setting.finished(Bomb())
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow() -> list[str]:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            assert leave.wait(PATIENCE_S)
+        return ["value"]
+
+    monkeypatch.setitem(globals(), "_explode", slow)
+    reader = Background(future.result)
+    assert entered.wait(PATIENCE_S)
+    value = future.result()
+    leave.set()
+    assert reader.result() is value
 
 
 def test_a_value_that_does_not_unpickle_is_the_futures_exception(setting: Setting) -> None:

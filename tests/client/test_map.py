@@ -11,7 +11,8 @@ import pytest
 from fake_scheduler import PATIENCE_S, Background, Setting, never_called
 
 from scaler_executor import SchedulerLostError
-from scaler_executor.mapping import RUN_BYTES, RUN_ITEMS, MapCall
+from scaler_executor.mapping import RUN_BYTES, RUN_ITEMS, MapCall, MapRun, _Reader
+from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import CancelKind, ResultKind, TaskCancelConfirmType, TaskRow
 from scaler_executor.runtime.calls import RunForm, load_item, load_run
 
@@ -130,6 +131,23 @@ def test_an_items_exception_is_raised_at_its_place(setting: Setting, kind: str) 
     with pytest.raises(expected):
         next(results)
     assert list(results) == []
+
+
+def test_a_range_that_crosses_the_end_of_its_run_is_not_missed() -> None:
+    """The consumer looks for a range, then for the end of the run; both come in between: the range counts."""
+    run = MapRun(2, _Reader())
+
+    class Crossed(dict[int, Any]):
+        def pop(self, first: int, default: Any = None) -> Any:
+            found = super().pop(first, default)
+            if found is None and not run.is_over:
+                run.set_items_ready(0, 1, int(ResultKind.VALUE), b"payload")
+                run.set_items_cancelled(REST, 1)
+            return found
+
+    run._ranges = Crossed()
+    assert run.take(0) == (1, int(ResultKind.VALUE), b"payload")
+    assert run.take(1) == (1, -2, None)
 
 
 def test_a_closed_iterator_takes_back_softly(setting: Setting) -> None:
