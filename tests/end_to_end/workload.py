@@ -440,3 +440,12 @@ def fork_and_return() -> int:
         _, status = os.waitpid(pid, 0)
         return os.waitstatus_to_exitcode(status)
     return -1
+
+
+def work_in_subprocess(started: Fifo) -> None:
+    """Have a subprocess do the work."""
+    with subprocess.Popen(["sh", "-c", "echo started; sleep 3600; true"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        started.tell(os.getpid())
+        process.wait()
