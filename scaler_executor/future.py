@@ -23,8 +23,8 @@ in the order of their ids, and two threads would take two shared ones in differe
 Read without a lock. A reader looks at the state, takes the values, and looks again. `cancel()` of a finished future
 writes the state first and then drops the values: if the state still says FINISHED, the values were there.
 
-Results stay pickled until somebody reads them, in the reader's thread, under a lock that neither the client's I/O
-thread nor `cancel()` ever takes: unpickling runs user code, which may do anything.
+Results stay pickled until somebody reads them, in the reader's thread and under no lock: unpickling runs user code,
+which may do anything.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 _VALUE: Final = int(ResultKind.VALUE)
 _DONE: Final = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED})
+
+#: The outcome of a future that has none.
+_NOTHING: Final = (None, None)
 
 #: So long, in total, may cancels hold an event loop in one of its turns: less than a frame, more than most confirms
 #: take.
@@ -136,17 +139,14 @@ class _LazyList:
         return self if future is None else future.__dict__.setdefault(self._name, [])
 
 
-class _LazyOutcome:
-    """Unpickles a future's outcome."""
+class _OutcomePart:
+    """The exception or the value of a future, unpickled when it is asked for. None unless the future is finished."""
 
-    def __set_name__(self, kind: Any, name: str) -> None:
-        self._name = name
+    def __init__(self, index: int) -> None:
+        self._index = index
 
     def __get__(self, future: ScalerFuture[Any] | None, kind: Any = None) -> Any:
-        if future is None:
-            return self
-        future._unpickle()
-        return future.__dict__.get(self._name)
+        return self if future is None else future._unpickle()[self._index]
 
 
 class ScalerFuture(Future[T]):
@@ -171,8 +171,8 @@ class ScalerFuture(Future[T]):
         _condition = _LazyCondition()
         _waiters = _LazyList()
         _done_callbacks = _LazyList()
-        _result = _LazyOutcome()
-        _exception = _LazyOutcome()
+        _exception = _OutcomePart(0)
+        _result = _OutcomePart(1)
 
     _state = PENDING
     #: The outstanding cancel request. Changed under the condition.
@@ -351,7 +351,7 @@ class ScalerFuture(Future[T]):
                     self._cancel_outcome = cause
                     self._drop_values()
                 elif outcome is not None:
-                    fields["_exception"], fields["_result"] = outcome
+                    fields["_outcome"] = outcome
                 self._state = state
                 self._tell_waiters(fields.get("_waiters", ()))
                 self._condition.notify_all()
@@ -380,14 +380,12 @@ class ScalerFuture(Future[T]):
 
     def _is_failure(self) -> bool:
         """Tell whether the outcome is an exception, as far as that is known without unpickling it."""
-        fields = self.__dict__
-        if "_result" in fields:
-            return fields["_exception"] is not None
-        return self._result_kind != _VALUE
+        outcome = self.__dict__.get("_outcome")
+        return self._result_kind != _VALUE if outcome is None else outcome[0] is not None
 
     def _drop_values(self) -> None:
         self._payload = None
-        self.__dict__.update(_exception=None, _result=None)
+        self.__dict__["_outcome"] = _NOTHING
 
     def _get_owner(self) -> FutureOwner | None:
         return getattr(self, "_owner", None)
@@ -396,13 +394,11 @@ class ScalerFuture(Future[T]):
 
     def _read(self, timeout: float | None) -> tuple[BaseException | None, Any]:
         """Wait and return (exception, value). Raise CancelledError or TimeoutError."""
+        fields = self.__dict__
         while True:
             if self._state != FINISHED:
                 self._wait_until_finished(timeout)
-            fields = self.__dict__
-            if "_result" not in fields:
-                self._unpickle()
-            outcome = fields.get("_exception"), fields.get("_result")
+            outcome: tuple[BaseException | None, Any] = fields.get("_outcome") or self._unpickle()
             if self._state == FINISHED:
                 return outcome
 
@@ -416,23 +412,21 @@ class ScalerFuture(Future[T]):
         if state != FINISHED:
             raise CancelledError()
 
-    def _unpickle(self) -> None:
-        """Unpickle the result, once, if there is one. A KeyboardInterrupt leaves it as it was."""
+    def _unpickle(self) -> tuple[BaseException | None, Any]:
+        """Return (exception, value), unpickled now if nobody has done it. A KeyboardInterrupt leaves it as it was.
+
+        Two threads may unpickle at the same time; the one that publishes first counts, and both return its objects.
+        """
         fields = self.__dict__
-        with fields.setdefault("_unpickling", threading.RLock()):
-            if "_result" not in fields:
-                payload = getattr(self, "_payload", None)
-                # Looked at after the payload: a cancel changes the state first and then drops the payload.
-                if self._state != FINISHED:
-                    return
-                assert payload is not None
-                outcome = read_result(self._result_kind, payload, self._call_name)
-                fields["_exception"], fields["_result"] = outcome
-                self._payload = None
-                if self._state != FINISHED:
-                    self._drop_values()  # cancelled meanwhile: whoever drops last leaves nothing
-        # Whoever still holds the lock will find the result; whoever makes a new one as well.
-        fields.pop("_unpickling", None)
+        payload = getattr(self, "_payload", None)
+        # Looked at after the payload: a cancel changes the state first and then drops the payload.
+        if self._state != FINISHED or payload is None:
+            return fields.get("_outcome", _NOTHING)  # type: ignore[no-any-return]
+        outcome = fields.setdefault("_outcome", read_result(self._result_kind, payload, self._call_name))
+        self._payload = None
+        if self._state != FINISHED:
+            self._drop_values()  # cancelled meanwhile: whoever drops last leaves nothing
+        return outcome  # type: ignore[no-any-return]
 
     def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
         """As the standard library's: done, cancelled, result and exception at one moment. Newer asyncio asks for it."""

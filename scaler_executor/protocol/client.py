@@ -9,7 +9,7 @@ ranges, and a run is over when each item has one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -365,8 +365,9 @@ class ClientState:
         self._answered(task, row[2])
 
     def _finished_first(self, task: ClientTask, row: ClientResultRow, delivered: list[ClientResultRow]) -> None:
-        if task.kind is CancelKind.SOFT and task.is_run:
-            # These items had started when what had not was taken back.
+        if task.kind is CancelKind.SOFT:
+            # It had started when what had not was taken back. Whether its user asked for that is for the future to
+            # know.
             self._deliver(task, row, delivered)
         else:
             self._cancelled(task, row[1], row[2], "FINISHED_FIRST")
@@ -378,9 +379,6 @@ class ClientState:
                 self.stale += 1  # over, or a newer request is out: its answer counts
                 continue
             _TABLE[task.state]["CONFIRM"](self, task, kind, first, count, proven)
-
-    def _stale_confirm(self, task: ClientTask, *_: Any) -> None:
-        self.stale += 1
 
     def _confirmed(self, task: ClientTask, kind: int, first: int, count: int, proven: bool) -> None:
         if kind == TaskCancelConfirmType.CANCELED:
@@ -444,9 +442,8 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     SENT: {
         "CANCEL": ClientState._ask,
         "RESULT": ClientState._deliver,
-        # The answer to a request that a later CancelFailed has already closed: soft refused, forced answered, and the
-        # like.
-        "CONFIRM": ClientState._stale_confirm,
+        # Nothing was asked. A late CancelFailed does not come here: its number is looked at before the state.
+        "CONFIRM": peer_error,
     },
     CANCELING: {
         "CANCEL": ClientState._raise_or_join,

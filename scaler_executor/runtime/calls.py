@@ -113,13 +113,9 @@ class CallPickler:
             Exception: What pickle raises: PicklingError, TypeError, AttributeError, or whatever the value's own methods
             raise.
         """
-        try:
-            # Most values have no large buffer, and those that have one can afford a second attempt.
-            data = _dumps(value, PROTOCOL, buffer_callback=_refuse_large)
-            if len(data) <= INLINE_BYTES and b"__main__" not in data:
-                return data
-        except Exception:
-            pass
+        data = self.dumps_small(value)
+        if data is not None:
+            return data
         buffers: list[Any] = []
 
         def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -129,6 +125,18 @@ class CallPickler:
         if buffers or len(data) > INLINE_BYTES:
             return Frames([data, *buffers])
         return data
+
+    def dumps_small(self, value: Any) -> bytes | None:
+        """Return the payload of a value that is small and pickles without further ado, None of others.
+
+        The common case, kept short: most values have no large buffer, and those that have one can afford a second
+        attempt.
+        """
+        try:
+            data = _dumps(value, PROTOCOL, buffer_callback=_refuse_large)
+        except Exception:
+            return None
+        return data if len(data) <= INLINE_BYTES and b"__main__" not in data else None
 
     def dumps_in_band(self, value: Any) -> bytes:
         """Return one pickle of any size; errors as `dumps`."""

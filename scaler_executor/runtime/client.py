@@ -28,7 +28,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scaler_executor.future import CancelOutcome, DefaultTimeout, ScalerFuture, cancel_all, make_future
@@ -66,8 +65,8 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
     Welcome,
 )
-from scaler_executor.runtime.calls import CallPickler, name_of
-from scaler_executor.runtime.functions import FunctionTable, PreparedFunction
+from scaler_executor.runtime.calls import CallPickler
+from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
 from scaler_executor.runtime.platform import Bell
 from scaler_executor.runtime.results import LOST
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
@@ -151,6 +150,7 @@ class ClientFutureManager:
     def __init__(self, cluster: Cluster, pickler: CallPickler, *, cancel_timeout_s: float | None) -> None:
         self.cancel_timeout_s = cancel_timeout_s
         self.pickler = pickler
+        self._dumps_small = pickler.dumps_small
         self._cluster = cluster
         #: Makes the exception with which new calls are refused; None while they are accepted. Changed under `_lock`.
         self._refusal: Callable[[], Exception] | None = None
@@ -230,33 +230,27 @@ class ClientFutureManager:
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
-        if self._refusal is not None:
-            raise self._refusal()
-        prepared: PreparedFunction | None = None
+        known = self._functions.find_call(function)
+        if known is not None:
+            payload = self._dumps_small((args, kwargs))
+            if payload is not None:
+                future = self._submit_known(known, payload)
+                if future is not None:
+                    return future
+        return self._submit_any(function, args, kwargs)
+
+    def _submit_any(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+        """Submit what is not a small call of a function that is known already."""
+        self.check_open()
         try:
-            if not isinstance(function, _DEFINITIONS):
-                prepared = self._functions.prepare(function, CallStyle.CALL)
-            if prepared is not None and prepared.blob is None:
-                payload = self.pickler.dumps_call((function, args, kwargs))
-            else:
-                payload = self.pickler.dumps_call((args, kwargs))
+            prepared = self._functions.prepare(function, CallStyle.CALL)
+            payload = self.pickler.dumps_call((function, args, kwargs) if prepared.blob is None else (args, kwargs))
         except Exception as error:
             return _failed_future(error)
-        name = name_of(function)
-        if prepared is None:
-            future = self._submit_known(function, name, payload)
-            if future is not None:
-                return future
-            try:
-                prepared = self._functions.prepare(function, CallStyle.CALL)
-                if prepared.blob is None:
-                    payload = self.pickler.dumps_call((function, args, kwargs))
-            except Exception as error:
-                return _failed_future(error)
         with self._lock:
             function_id = self._register(prepared)
             no = self._take_numbers(1)
-            future = self._futures[no] = make_future(self, no, name)
+            future = self._futures[no] = make_future(self, no, prepared.name)
             self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
         if self._asleep:
             self._wake()
@@ -377,37 +371,51 @@ class ClientFutureManager:
             except OSError:
                 pass  # the fork came while the parent was closing them
 
-    def _submit_known(self, function: Any, name: str, payload: Payload) -> ScalerFuture[Any] | None:
-        """Queue a call of a function that the scheduler knows; return None if it does not."""
+    def _submit_known(self, known: KnownFunction, payload: bytes) -> ScalerFuture[Any] | None:
+        """Queue a small call of a function that the scheduler knows; return None if it has been forgotten."""
+        future: ScalerFuture[Any] = ScalerFuture()
+        future._owner = self
+        future._call_name = known.name
         direct: _Direct | None = None
         try:
             with self._lock:
-                function_id = self._functions.known_id(function, CallStyle.CALL)
-                if not function_id:
+                if self._refusal is not None:
+                    raise self._refusal()
+                if not known.is_known:
                     return None
-                no = self._take_numbers(1)
-                row: TaskRow = (no, 1, function_id, payload)  # type: ignore[assignment]
-                is_only = not self._futures and not self._runs and self._is_direct_possible
-                future = self._futures[no] = make_future(self, no, name)
-                if is_only and self._asleep and self._direct is None and len(payload) <= DIRECT_BYTES:
+                no = self._last_no = self._last_no + 1
+                future._task_no = no
+                row = (no, 1, known.function_id, payload)
+                may_send = self._is_direct_possible and self._asleep and self._is_only(payload)
+                # First the future: an interrupt behind it leaves a future that nobody has, and not a call without one.
+                self._futures[no] = future
+                if may_send:
                     (packet,) = self._direct_encoder.pack(TaskSubmit([row]))
-                    direct = _Direct(row, packet)
-                    self._direct = direct
+                    # In the same hold of the lock as the number: what is sent next has a higher one.
+                    self._direct = direct = _Direct(row, packet)
                 else:
                     self._batch.tasks.append(row)
-            if direct is None:
-                if self._asleep:
-                    self._wake()
-                return future
-            with self._io_lock:
-                if self._direct is direct:  # else the I/O thread has woken up and taken it
-                    direct.sent[:] = map(self._send, (direct.packet,))
-        except OSError:
-            pass  # the socket is full, or the scheduler gone: the I/O thread goes on from here
+            if direct is not None:
+                self._send_direct(direct)
+            elif self._asleep:  # looked at after the call was added
+                self._wake()
         finally:
             if direct is not None and not direct.is_sent():
                 self._wake()
         return future
+
+    def _is_only(self, payload: bytes) -> bool:
+        """Tell whether a call is the only outstanding one and may be sent by its caller. Under `_lock`."""
+        return not self._futures and not self._runs and self._direct is None and len(payload) <= DIRECT_BYTES
+
+    def _send_direct(self, direct: _Direct) -> None:
+        """Send a call in the caller's thread, unless the I/O thread was quicker."""
+        try:
+            with self._io_lock:
+                if self._direct is direct:
+                    direct.sent[:] = map(self._send, (direct.packet,))
+        except OSError:
+            pass  # the socket is full, or the scheduler gone: the I/O thread goes on from here
 
     def _register(self, prepared: PreparedFunction) -> int:
         """Return the function's id; queue the function if it is new. Under `_lock`, until the call is queued."""
@@ -675,9 +683,6 @@ class ClientFutureManager:
             self._writer.send([memoryview(packet)[sent_bytes:]])
         except ConnectionError:
             pass  # as above
-
-
-_DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, type)
 
 
 def _failed_future(error: Exception) -> ScalerFuture[Any]:

@@ -26,27 +26,34 @@ class PreparedFunction(NamedTuple):
     blob: Payload | None  # None: carried by each call
 
 
-class _Entry:
-    __slots__ = ("attributes", "function", "function_id", "module_name", "size_bytes")
+class KnownFunction:
+    """A function that has an id. Also in use while it is not known any more, by whoever found it before."""
 
-    def __init__(self, function: Any, function_id: int, size_bytes: int) -> None:
+    __slots__ = ("_attributes", "_module_name", "function", "function_id", "is_known", "name", "size_bytes", "was_used")
+
+    def __init__(self, function: Any, function_id: int, name: str, size_bytes: int) -> None:
         #: Kept alive, since its id() is the key; None where the key is a blob.
         self.function = function
         self.function_id = function_id
+        self.name = name
         self.size_bytes = size_bytes
-        self.module_name = function.__module__ if function is not None else ""
-        self.attributes = function.__qualname__.split(".") if function is not None else []
+        #: Until it is evicted.
+        self.is_known = True
+        #: Since the eviction last came by.
+        self.was_used = True
+        self._module_name = function.__module__ if function is not None else ""
+        self._attributes = function.__qualname__.split(".") if function is not None else []
 
     def is_current(self) -> bool:
         """Tell whether the function is still what its name leads to: it may have been redefined or patched."""
-        found = sys.modules.get(self.module_name)
-        for name in self.attributes:
+        found = sys.modules.get(self._module_name)
+        for name in self._attributes:
             found = getattr(found, name, None)
         return found is self.function
 
 
 class FunctionTable:
-    """Hands out the ids. Bounded: the functions that were not called for longest are forgotten.
+    """Hands out the ids. Bounded: functions that were not called for long are forgotten (second chance).
 
     Functions and classes that are found by name are known by identity. Any others are pickled at every call, because
     what they hold may have changed, and are known by their pickle.
@@ -62,9 +69,12 @@ class FunctionTable:
         self._pickler = pickler
         self._max_functions = max_functions
         self._max_bytes = max_bytes
-        #: {key: entry}, least recently used first. The key is (id(function), style), (blob, style) or an object of its
-        #: own.
-        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        #: {key: entry}, those first that the eviction looks at first. The key is (id(function), style), (blob, style)
+        #: or
+        #: an object of its own.
+        self._entries: OrderedDict[Any, KnownFunction] = OrderedDict()
+        #: The entries of style CALL that are known by identity, by id(function).
+        self._calls: dict[int, KnownFunction] = {}
         self._total_bytes = 0
         self._last_id = 0
 
@@ -84,12 +94,21 @@ class FunctionTable:
 
     def known_id(self, function: Any, style: CallStyle) -> int:
         """Return the id of a function that is known by identity, or 0: it is to be prepared and registered."""
-        key = (id(function), style)
-        entry = self._entries.get(key)
+        entry = self._entries.get((id(function), style))
         if entry is None or not entry.is_current():
             return 0
-        self._entries.move_to_end(key)
+        entry.was_used = True
         return entry.function_id
+
+    def find_call(self, function: Any) -> KnownFunction | None:
+        """Return the entry of a function of style CALL that is known by identity. Needs no lock, but then `is_known`
+        has
+        to be looked at once more under the lock."""
+        entry = self._calls.get(id(function))
+        if entry is None or not entry.is_current():
+            return None
+        entry.was_used = True
+        return entry
 
     def prepare(self, function: Any, style: CallStyle) -> PreparedFunction:
         """Pickle what has to be pickled.
@@ -117,20 +136,30 @@ class FunctionTable:
             key = object()  # comparing a large pickle would cost more than to send it once more
         entry = self._entries.get(key)
         if entry is not None:
-            self._entries.move_to_end(key)
+            entry.was_used = True
             return entry.function_id, None, []
         self._last_id += 1
-        entry = self._entries[key] = _Entry(function, self._last_id, len(blob))
+        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob))
+        if function is not None and style is CallStyle.CALL:
+            self._calls[id(function)] = entry
         self._total_bytes += entry.size_bytes
-        return self._last_id, Function(self._last_id, name, blob, int(style)), self._evict()  # type: ignore[arg-type]
+        forgotten = self._evict()
+        entry.was_used = False  # it was True for the eviction, which thus could not take it
+        return self._last_id, Function(self._last_id, name, blob, int(style)), forgotten  # type: ignore[arg-type]
 
     def _evict(self) -> list[int]:
-        """Forget the functions beyond the limits, but not the newest. Return their ids."""
+        """Forget functions beyond the limits, those that were not used since the last time first. Return their ids."""
         evicted = []
-        while len(self._entries) > self._max_functions or (
-            self._total_bytes > self._max_bytes and len(self._entries) > 1
-        ):
-            _, entry = self._entries.popitem(last=False)
+        entries = self._entries
+        while len(entries) > self._max_functions or (self._total_bytes > self._max_bytes and len(entries) > 1):
+            key, entry = entries.popitem(last=False)
+            if entry.was_used:
+                entry.was_used = False
+                entries[key] = entry  # the newest is the last to come by a second time
+                continue
+            entry.is_known = False
+            if entry.function is not None:
+                self._calls.pop(id(entry.function), None)
             self._total_bytes -= entry.size_bytes
             evicted.append(entry.function_id)
         return evicted

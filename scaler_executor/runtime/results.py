@@ -5,6 +5,7 @@ Unpickling runs user code, so this is called in the thread of whoever reads a re
 
 from __future__ import annotations
 
+from pickle import loads as _loads
 from typing import Any, Final
 
 import msgspec
@@ -26,7 +27,7 @@ def read_result(kind: int, payload: Payload | str, call_name: str) -> tuple[Base
     """
     try:
         if kind == _VALUE:
-            return None, loads_value(payload)  # type: ignore[arg-type]
+            return None, _loads(payload) if type(payload) is bytes else loads_value(payload)  # type: ignore[arg-type]
         return read_failure(kind, payload, call_name), None
     except KeyboardInterrupt:
         raise

@@ -197,7 +197,6 @@ def test_argument_and_result_live_no_longer_than_their_holders(setting: Setting)
 # Cancelling many
 
 
-@pytest.mark.xfail(reason="ClientState drops a single call's result that crosses a soft cancel", strict=True)
 def test_take_back_sends_soft_cancels_that_keep_values(setting: Setting) -> None:
     """What runs completes with its value, also when that crosses the request; what was taken back is cancelled."""
     finishing, finishing_no = setting.submit_sent()

@@ -21,7 +21,7 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("arguments", WRONG, ids=str)
+@pytest.mark.parametrize("arguments", WRONG, ids=lambda arguments: "-".join(arguments))
 def test_wrong_arguments_are_refused_as_by_process_pool_executor(arguments: dict[str, Any]) -> None:
     """The type and the words of the standard library."""
     if sys.version_info < (3, 11) and "max_tasks_per_child" in arguments:
