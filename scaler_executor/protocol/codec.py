@@ -63,8 +63,11 @@ class Encoder:
         """Return header and frames of `message`."""
         try:
             header = self._encode(message)
-        except OverflowError as error:
-            raise LocalProtocolError(f"{type(message).__name__} holds a number that does not fit the wire") from error
+        except BaseException as error:
+            self._frames = []  # or the next message would carry what this one took
+            if isinstance(error, OverflowError):
+                raise LocalProtocolError(f"{type(message).__name__} holds a number too large for the wire") from error
+            raise
         frames = self._frames
         if frames:
             self._frames = []
@@ -126,12 +129,13 @@ def _place_frames(message: Any, frames: list[Any]) -> int:
     else:
         return len(frames)
     waiting = iter(frames)
-    for function in functions:
-        if type(function.blob) is not bytes:
-            function.blob = _take(function.blob, waiting)  # type: ignore[assignment]
+    # In the order in which they stand in the message.
     for index, row in enumerate(rows):
         if row[-1].__class__ is not bytes:
             rows[index] = (*row[:-1], _take(row[-1], waiting))
+    for function in functions:
+        if type(function.blob) is not bytes:
+            function.blob = _take(function.blob, waiting)  # type: ignore[assignment]
     return sum(1 for _ in waiting)
 
 

@@ -1,0 +1,768 @@
+"""The scheduler's table, row by row, and the races that it is made for."""
+
+import msgspec
+import pytest
+
+from scaler_executor.protocol.codec import LocalProtocolError
+from scaler_executor.protocol.messages import (
+    CLIENT_ID_SHIFT,
+    AgentCapacity,
+    AgentConfirm,
+    AgentResult,
+    Bye,
+    CancelKind,
+    ClientGone,
+    DeathReport,
+    Function,
+    Hello,
+    Options,
+    Refused,
+    ResultKind,
+    TaskCancel,
+    TaskCancelConfirm,
+    TaskCancelConfirmType,
+    TaskDied,
+    TaskResult,
+    TaskReturned,
+    TaskRun,
+    TaskRunning,
+    TaskSplit,
+    TaskSubmit,
+    Welcome,
+    WorkersBroken,
+)
+from scaler_executor.protocol.scheduler import (
+    FENCE_S,
+    IDLE_BEFORE_RECALL_S,
+    Drop,
+    PeerLost,
+    Received,
+    SchedulerState,
+    Send,
+    Tick,
+)
+
+CLIENT, AGENT, OTHER_AGENT, OTHER_CLIENT = 1, 2, 3, 4
+BASE = 1 << CLIENT_ID_SHIFT
+RECALL, SOFT, FORCED = CancelKind.RECALL, CancelKind.SOFT, CancelKind.FORCED
+CANCELED = TaskCancelConfirmType.CANCELED
+NOT_FOUND = TaskCancelConfirmType.CANCEL_NOT_FOUND
+FAILED = TaskCancelConfirmType.CANCEL_FAILED
+VALUE = ResultKind.VALUE
+REPORT = DeathReport("killed", -9)
+
+
+def function(retries=0):
+    return Function(1, "f", b"blob", options=Options(retries=retries))
+
+
+class Scheduler(SchedulerState):
+    """A scheduler that checks itself after each step and tells its time."""
+
+    now = 0.0
+
+    def got(self, peer, message):
+        out = self.handle(Received(peer, message), self.now)
+        self.check()
+        return out
+
+    def lost(self, peer, stopped=False):
+        out = self.handle(PeerLost(peer, "gone", stopped), self.now)
+        self.check()
+        return out
+
+    def tick(self, after):
+        self.now += after
+        out = self.handle(Tick(), self.now)
+        self.check()
+        return out
+
+
+def scheduler(capacity=8, workers=2):
+    """Return a scheduler with one client and one agent."""
+    state = Scheduler()
+    assert state.got(CLIENT, Hello("client")) == [Send(CLIENT, Welcome(1))]
+    assert state.got(AGENT, Hello("agent", name="a")) == [Send(AGENT, Welcome(0))]
+    assert state.got(AGENT, AgentCapacity(capacity, workers)) == []
+    return state
+
+
+def row(no=1, items=1, skip=0, attempt=1, task=None, function_id=1):
+    return (BASE + (task or no), attempt, 1, items, skip, function_id, b"p%d" % no)
+
+
+def with_task(items=1, retries=0, state=None):
+    """Return a scheduler with task 1 of so many items ASSIGNED to the agent."""
+    state = state or scheduler()
+    out = state.got(CLIENT, TaskSubmit([(1, items, 1, b"p1")], [function(retries)]))
+    assert out == [Send(AGENT, TaskRun([row(items=items)], [(1, function(retries))]))]
+    return state
+
+
+def recalling(items=1, retries=0):
+    """Return a scheduler that has recalled task 1 from its agent for another one, with request number 1."""
+    state = scheduler(workers=1)
+    state.got(CLIENT, TaskSubmit([(1, items, 1, b"p1"), (2, 1, 1, b"p2")], [function(retries)]))
+    state.got(OTHER_AGENT, Hello("agent", name="b"))
+    state.got(OTHER_AGENT, AgentCapacity(8, 1))
+    assert state.next_deadline() == IDLE_BEFORE_RECALL_S
+    assert state.tick(IDLE_BEFORE_RECALL_S) == [Send(AGENT, TaskCancel([(BASE + 2, 1, RECALL)]))]
+    return state
+
+
+def confirm(no, cancel_no, kind=CANCELED, at=0, attempt=1):
+    return AgentConfirm([(BASE + no, attempt, cancel_no, kind, at)])
+
+
+def answer(no, cancel_no, kind=CANCELED, first=0, count=1, proven=True):
+    return Send(CLIENT, TaskCancelConfirm([(no, cancel_no, kind, first, count, proven)]))
+
+
+def result(no, first=0, count=1, attempt=1, payload=b"v", kind=VALUE):
+    return AgentResult([(BASE + no, attempt, first, count, kind, payload)])
+
+
+def told(no, first=0, count=1, payload=b"v", kind=VALUE):
+    return Send(CLIENT, TaskResult([(no, first, count, kind, payload)]))
+
+
+def died(no, attempt=1, count=1, first=0, report=REPORT):
+    said = msgspec.structs.replace(report, attempt=attempt)
+    return told(no, first, count, msgspec.msgpack.encode(said), ResultKind.DIED)
+
+
+def cancel(no, cancel_no, kind=FORCED):
+    return TaskCancel([(no, cancel_no, kind)])
+
+
+# QUEUED
+
+
+def queued():
+    """Return a scheduler with task 1 QUEUED: its agent has no room."""
+    state = scheduler(capacity=0)
+    assert state.got(CLIENT, TaskSubmit([(1, 1, 1, b"p1")], [function()])) == []
+    return state
+
+
+def test_room_below():
+    """A queued task is sent as soon as an agent has room, with its function, once."""
+    state = queued()
+    assert state.got(AGENT, AgentCapacity(1, 1)) == [Send(AGENT, TaskRun([row()], [(1, function())]))]
+    assert state.got(CLIENT, TaskSubmit([(2, 1, 1, b"p2")])) == []
+    assert state.got(AGENT, result(1)) == [told(1), Send(AGENT, TaskRun([row(2)]))]
+
+
+@pytest.mark.parametrize("kind", [SOFT, FORCED])
+def test_cancel_queued(kind):
+    """A queued task is dropped and confirmed at once, softly or by force."""
+    state = queued()
+    assert state.got(CLIENT, cancel(1, 7, kind)) == [answer(1, 7)]
+    assert state.outstanding == 0
+    assert state.got(AGENT, AgentCapacity(1, 1)) == []
+
+
+def test_result_of_queued_task_is_stale():
+    """What an agent says of a task that it does not have is counted and dropped."""
+    state = queued()
+    assert state.got(AGENT, result(1)) == []
+    assert state.got(AGENT, confirm(1, 0)) == []
+    assert state.got(AGENT, confirm(1, 0, FAILED)) == []
+    assert state.stale == 3 and state.outstanding == 1
+
+
+def test_client_lost_queued():
+    """The queued tasks of a client that is gone are forgotten."""
+    state = queued()
+    assert state.lost(CLIENT) == [Send(AGENT, ClientGone(1))]
+    assert state.outstanding == 0
+
+
+# ASSIGNED
+
+
+def test_forced_cancel_assigned():
+    """A cancel is passed on with a number of the scheduler's own, and its answer is forwarded with the user's."""
+    state = with_task()
+    assert state.got(CLIENT, cancel(1, 7)) == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)]))]
+    assert state.got(AGENT, confirm(1, 1)) == [answer(1, 7)]
+    assert state.outstanding == 0
+
+
+def test_soft_cancel_refused():
+    """CancelFailed is forwarded, the task runs on, and another cancel may be made."""
+    state = with_task()
+    assert state.got(CLIENT, cancel(1, 7, SOFT)) == [Send(AGENT, TaskCancel([(BASE + 1, 1, SOFT)]))]
+    assert state.got(AGENT, confirm(1, 1, FAILED)) == [answer(1, 7, FAILED)]
+    assert state.got(CLIENT, cancel(1, 8)) == [Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED)]))]
+    assert state.got(AGENT, result(1)) == [told(1)]
+    assert state.outstanding == 0
+
+
+def test_result():
+    """A result is forwarded and the task forgotten."""
+    state = with_task()
+    assert state.got(AGENT, result(1)) == [told(1)]
+    assert state.outstanding == 0
+    assert state.got(AGENT, result(1)) == []
+
+
+def test_canceled_without_request():
+    """An agent that says Canceled of what nobody cancelled breaks the protocol, and its calls are fenced."""
+    state = with_task()
+    out = state.got(AGENT, confirm(1, 0))
+    assert [type(instruction) for instruction in out] == [Drop] and out[0].error
+    assert state.next_deadline() == FENCE_S
+
+
+def test_worker_died_without_retries():
+    """A death is reported with the attempt."""
+    state = with_task()
+    assert state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)])) == [died(1)]
+    assert state.outstanding == 0
+
+
+def test_worker_died_with_retries():
+    """Each death costs one retry and makes one attempt; the last one is reported."""
+    state = with_task(retries=2)
+    for attempt in (1, 2):
+        out = state.got(AGENT, TaskDied([(BASE + 1, attempt, REPORT)]))
+        assert out == [Send(AGENT, TaskRun([row(attempt=attempt + 1)]))]
+    assert state.got(AGENT, TaskDied([(BASE + 1, 3, REPORT)])) == [died(1, attempt=3)]
+
+
+def test_report_of_an_earlier_attempt_is_stale():
+    """What is said of another attempt than the current one changes nothing."""
+    state = with_task(retries=1)
+    state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)]))
+    assert state.got(AGENT, result(1, attempt=1)) == []
+    assert state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)])) == []
+    assert state.got(AGENT, result(1, attempt=2)) == [told(1)]
+
+
+def test_returned():
+    """Tasks handed back before they started keep their attempt and their place, and are sent again."""
+    state = scheduler(capacity=2)
+    state.got(CLIENT, TaskSubmit([(no, 1, 1, b"p%d" % no) for no in (1, 2, 3)], [function()]))
+    state.got(AGENT, AgentCapacity(0, 2))
+    assert state.got(AGENT, TaskReturned([(BASE + 1, 1), (BASE + 2, 1)])) == []
+    assert state.got(AGENT, AgentCapacity(3, 2)) == [Send(AGENT, TaskRun([row(1), row(2), row(3)]))]
+
+
+def test_agent_lost_is_fenced():
+    """The calls of an agent out of reach count as started, and are decided when it must have stopped them."""
+    state = with_task()
+    assert state.lost(AGENT) == []
+    assert state.next_deadline() == FENCE_S
+    assert state.tick(FENCE_S - 0.1) == []
+    reason = DeathReport("the machine that ran it is out of reach")
+    assert state.tick(0.1) == [died(1, report=reason)]
+
+
+def test_agent_lost_with_retries_waits_for_the_fence():
+    """A call of a lost agent is not started again before the fence time is over."""
+    state = with_task(retries=1)
+    state.got(OTHER_AGENT, Hello("agent"))
+    state.got(OTHER_AGENT, AgentCapacity(8, 2))
+    assert state.lost(AGENT) == []
+    assert state.tick(FENCE_S / 2) == []
+    assert state.tick(FENCE_S / 2) == [Send(OTHER_AGENT, TaskRun([row(attempt=2)], [(1, function(1))]))]
+
+
+def test_agent_stopped():
+    """Of an agent whose process has ended it is known at once that its calls have."""
+    state = with_task()
+    assert state.lost(AGENT, stopped=True) == [died(1, report=DeathReport("its agent's process has ended"))]
+
+
+def test_client_lost_stops_its_calls():
+    """The calls of a client that is gone are stopped by force and nobody is answered."""
+    state = with_task()
+    out = state.lost(CLIENT)
+    assert out == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)])), Send(AGENT, ClientGone(1))]
+    assert state.got(AGENT, confirm(1, 1)) == []
+    assert state.outstanding == 0 and not state._leaving
+
+
+def test_call_of_a_gone_client_that_cannot_be_stopped():
+    """A call that will not be stopped is remembered until it ends, though its client is gone."""
+    state = with_task()
+    state.lost(CLIENT)
+    assert state.got(AGENT, confirm(1, 1, FAILED)) == []
+    assert state.outstanding == 1
+    assert state.got(AGENT, result(1)) == []
+    assert state.outstanding == 0 and not state._leaving
+
+
+def test_running():
+    """RUNNING is forwarded under the submitted number."""
+    state = with_task()
+    assert state.got(AGENT, TaskRunning([BASE + 1, BASE + 9])) == [Send(CLIENT, TaskRunning([1]))]
+
+
+# RECALLING
+
+
+def test_recall_comes_back():
+    """What comes back from a recall goes to the idle agent, under the same attempt."""
+    state = recalling()
+    assert state.got(AGENT, confirm(2, 1)) == [Send(OTHER_AGENT, TaskRun([row(2)], [(1, function())]))]
+
+
+def test_recall_refused():
+    """A call that runs is not recalled a second time."""
+    state = recalling()
+    assert state.got(AGENT, confirm(2, 1, FAILED)) == []
+    assert state.tick(IDLE_BEFORE_RECALL_S) == [Send(AGENT, TaskCancel([(BASE + 1, 2, RECALL)]))]
+    assert state.got(AGENT, result(2)) == [told(2)]
+
+
+def test_result_crosses_a_recall():
+    """The result of a recalled call counts."""
+    state = recalling()
+    assert state.got(AGENT, result(2)) == [told(2)]
+    assert state.got(AGENT, AgentConfirm([(BASE + 2, 0, 1, NOT_FOUND, 0)])) == []
+
+
+def test_forced_cancel_over_a_recall():
+    """A user's forced cancel goes after the recall, and the recall's own Canceled answers the user."""
+    state = recalling()
+    assert state.got(CLIENT, cancel(2, 7)) == [Send(AGENT, TaskCancel([(BASE + 2, 2, FORCED)]))]
+    assert state.got(AGENT, confirm(2, 1)) == [answer(2, 7)]
+    assert state.outstanding == 1
+    assert state.got(AGENT, AgentConfirm([(BASE + 2, 0, 2, NOT_FOUND, 0)])) == []
+
+
+def test_recalls_failure_after_a_forced_cancel_is_dropped():
+    """The recall's own CancelFailed arriving after a user's forced cancel says nothing about that one."""
+    state = recalling()
+    state.got(CLIENT, cancel(2, 7))
+    assert state.got(AGENT, confirm(2, 1, FAILED)) == []
+    assert state.got(AGENT, confirm(2, 2)) == [answer(2, 7)]
+
+
+def test_soft_cancel_over_a_recall():
+    """The recall becomes the user's: nothing is sent, and its Canceled drops and confirms."""
+    state = recalling()
+    assert state.got(CLIENT, cancel(2, 7, SOFT)) == []
+    assert state.got(AGENT, confirm(2, 1)) == [answer(2, 7)]
+    assert state.outstanding == 1
+
+
+def test_soft_cancel_over_a_recall_that_fails():
+    """The recall's CancelFailed is the user's answer, once, and the call runs on."""
+    state = recalling()
+    state.got(CLIENT, cancel(2, 7, SOFT))
+    assert state.got(AGENT, confirm(2, 1, FAILED)) == [answer(2, 7, FAILED)]
+    assert state.got(AGENT, confirm(2, 1, FAILED)) == []
+    assert state.got(AGENT, result(2)) == [told(2)]
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_worker_dies_under_a_recall(retries):
+    """A recall changes nothing about a death."""
+    state = recalling(retries=retries)
+    out = state.got(AGENT, TaskDied([(BASE + 2, 1, REPORT)]))
+    if retries:
+        assert out == [Send(OTHER_AGENT, TaskRun([row(2, attempt=2)], [(1, function(1))]))]
+    else:
+        assert out == [died(2)]
+
+
+def test_agent_lost_under_a_recall():
+    """A recall changes nothing about the loss of an agent."""
+    state = recalling()
+    state.lost(AGENT)
+    assert state.next_deadline() == state.now + FENCE_S
+    assert len(state.tick(FENCE_S)) == 1
+    assert state.outstanding == 0
+
+
+def test_client_lost_under_a_recall():
+    """The call is stopped, whatever the recall says."""
+    state = recalling()
+    out = state.lost(CLIENT)
+    assert out[0] == Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED), (BASE + 2, 3, FORCED)]))
+    assert state.got(AGENT, AgentConfirm([(BASE + 2, 1, 1, CANCELED, 0), (BASE + 1, 1, 2, CANCELED, 0)])) == []
+    assert state.outstanding == 0
+
+
+def test_run_splits_under_a_recall():
+    """The agent takes a recall that crosses its split for the head alone; the tail stays where it is."""
+    state = scheduler(workers=1)
+    state.got(CLIENT, TaskSubmit([(1, 1, 1, b"p1"), (2, 4, 1, b"p2")], [function()]))
+    state.got(OTHER_AGENT, Hello("agent"))
+    state.got(OTHER_AGENT, AgentCapacity(8, 1))
+    assert state.tick(IDLE_BEFORE_RECALL_S) == [Send(AGENT, TaskCancel([(BASE + 2, 1, RECALL)]))]
+    assert state.got(AGENT, TaskSplit([(BASE + 2, 1, 3)])) == []
+    out = state.got(AGENT, confirm(2, 1, at=1))
+    assert out == [Send(OTHER_AGENT, TaskRun([row(2, items=2, skip=1, task=3)], [(1, function())]))]
+    assert state.got(AGENT, result(5)) == [told(2, first=3)]
+
+
+# CANCELING
+
+
+def canceling(kind=FORCED, items=1, retries=0):
+    """Return a scheduler with task 1 in CANCELING, requests 7 of the user and 1 to the agent."""
+    state = with_task(items, retries)
+    assert state.got(CLIENT, cancel(1, 7, kind)) == [Send(AGENT, TaskCancel([(BASE + 1, 1, kind)]))]
+    return state
+
+
+@pytest.mark.parametrize("kind", [SOFT, FORCED])
+def test_result_crosses_a_cancel(kind):
+    """The result answers the cancel: dropping it would leave the user waiting."""
+    state = canceling(kind)
+    assert state.got(AGENT, result(1)) == [told(1)]
+    assert state.outstanding == 0
+    assert state.got(AGENT, AgentConfirm([(BASE + 1, 0, 1, NOT_FOUND, 0)])) == []
+
+
+def test_forced_overtakes_soft():
+    """The newest request counts; the older one's failure is dropped."""
+    state = canceling(SOFT)
+    assert state.got(CLIENT, cancel(1, 8, FORCED)) == [Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED)]))]
+    assert state.got(AGENT, confirm(1, 1, FAILED)) == []
+    assert state.got(AGENT, confirm(1, 2)) == [answer(1, 8)]
+
+
+def test_soft_after_forced():
+    """A soft request after a forced one is answered with that one's answer, and not sent."""
+    state = canceling(FORCED)
+    assert state.got(CLIENT, cancel(1, 8, SOFT)) == []
+    assert state.got(AGENT, confirm(1, 1)) == [answer(1, 8)]
+
+
+def test_older_request_says_canceled():
+    """Canceled counts whichever request it answers: the agent has forgotten the call."""
+    state = canceling(SOFT)
+    state.got(CLIENT, cancel(1, 8, FORCED))
+    assert state.got(AGENT, confirm(1, 1)) == [answer(1, 8)]
+    assert state.outstanding == 0
+
+
+def test_forced_overtakes_partial_soft():
+    """A soft cancel took back a run's tail while the forced one was on its way: the head stays CANCELING."""
+    state = canceling(SOFT, items=4)
+    state.got(CLIENT, cancel(1, 8, FORCED))
+    assert state.got(AGENT, confirm(1, 1, at=2)) == [answer(1, 8, first=2, count=2)]
+    assert state.got(AGENT, confirm(1, 2, at=0)) == [answer(1, 8, first=0, count=2)]
+    assert state.outstanding == 0
+
+
+def test_soft_cancel_of_a_run():
+    """A soft cancel takes back the items that have not started; those before run on."""
+    state = canceling(SOFT, items=4)
+    assert state.got(AGENT, confirm(1, 1, at=2)) == [answer(1, 7, first=2, count=2)]
+    assert state.got(AGENT, result(1, 0, 2)) == [told(1, 0, 2)]
+    assert state.outstanding == 0
+
+
+def test_split_crosses_a_cancel():
+    """A cancel that crosses a split is sent again for the tail."""
+    state = canceling(items=4)
+    out = state.got(AGENT, TaskSplit([(BASE + 1, 1, 2)]))
+    assert out == [Send(AGENT, TaskCancel([(BASE + 3, 2, FORCED)]))]
+    assert state.got(AGENT, confirm(1, 1)) == [answer(1, 7, first=0, count=2)]
+    assert state.got(AGENT, confirm(3, 2)) == [answer(1, 7, first=2, count=2)]
+    assert state.outstanding == 0
+
+
+@pytest.mark.parametrize("retries", [0, 5])
+def test_worker_dies_while_cancelling(retries):
+    """A death answers the cancel, and never makes an attempt, whatever the retries."""
+    state = canceling(retries=retries)
+    assert state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)])) == [answer(1, 7)]
+    assert state.outstanding == 0
+
+
+def test_returned_while_cancelling():
+    """What is handed back while it is being cancelled is not queued again."""
+    state = canceling()
+    assert state.got(AGENT, TaskReturned([(BASE + 1, 1)])) == [answer(1, 7)]
+    assert state.outstanding == 0
+
+
+def test_agent_lost_while_cancelling():
+    """After the fence time the cancel is confirmed, unproven, and nothing is queued again."""
+    state = canceling(retries=5)
+    assert state.lost(AGENT) == []
+    assert state.tick(FENCE_S) == [answer(1, 7, proven=False)]
+    assert state.outstanding == 0
+
+
+def test_agent_stopped_while_cancelling():
+    """An agent whose process has ended has stopped the call."""
+    state = canceling(retries=5)
+    assert state.lost(AGENT, stopped=True) == [answer(1, 7)]
+
+
+def test_client_lost_while_cancelling():
+    """The request goes on without an addressee, and a soft one is raised."""
+    state = canceling(SOFT)
+    assert state.lost(CLIENT) == [Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED)])), Send(AGENT, ClientGone(1))]
+    assert state.got(AGENT, confirm(1, 1, FAILED)) == []
+    assert state.got(AGENT, confirm(1, 2)) == []
+    assert state.outstanding == 0
+
+
+# FENCING
+
+
+def test_cancel_while_fencing():
+    """A cancel of a fenced call is answered when the fence time is over, and it is not tried again."""
+    state = with_task(retries=3)
+    state.lost(AGENT)
+    assert state.got(CLIENT, cancel(1, 7)) == []
+    assert state.tick(FENCE_S) == [answer(1, 7, proven=False)]
+    assert state.outstanding == 0
+
+
+def test_client_lost_while_fencing():
+    """A fenced call of a client that is gone is forgotten when the fence time is over."""
+    state = with_task(retries=3)
+    state.lost(AGENT)
+    assert state.lost(CLIENT) == []
+    assert state.outstanding == 1
+    assert state.tick(FENCE_S) == []
+    assert state.outstanding == 0 and not state._leaving and state.next_deadline() is None
+
+
+# Runs
+
+
+def test_run_in_ranges():
+    """Result ranges are forwarded as they come, and the run is forgotten with the last one."""
+    state = with_task(items=5)
+    assert state.got(AGENT, result(1, 0, 2)) == [told(1, 0, 2)]
+    assert state.got(AGENT, result(1, 2, 1)) == [told(1, 2, 1)]
+    assert state.got(AGENT, result(1, 3, 2)) == [told(1, 3, 2)]
+    assert state.outstanding == 0
+
+
+def test_split_run():
+    """The items behind a split are a task with the number of the first of them."""
+    state = with_task(items=5)
+    assert state.got(AGENT, TaskSplit([(BASE + 1, 1, 3)])) == []
+    assert state.outstanding == 2
+    assert state.got(AGENT, result(4, 0, 2)) == [told(1, 3, 2)]
+    assert state.got(AGENT, result(1, 0, 3)) == [told(1, 0, 3)]
+    assert state.outstanding == 0
+
+
+def test_partial_run_dies():
+    """Of a run only the item in progress dies; what came before is delivered, what comes after is another task."""
+    state = with_task(items=4)
+    assert state.got(AGENT, TaskSplit([(BASE + 1, 1, 2)])) == []
+    assert state.got(AGENT, result(1, 0, 1)) == [told(1)]
+    assert state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)])) == [died(1, first=1)]
+    assert state.got(AGENT, result(3, 0, 2)) == [told(1, 2, 2)]
+    assert state.outstanding == 0
+
+
+def test_partial_run_is_retried():
+    """What is left of a run after a death runs again under the number of its first item, as the next attempt."""
+    state = with_task(items=4, retries=1)
+    state.got(AGENT, TaskSplit([(BASE + 1, 1, 2)]))
+    state.got(AGENT, result(1, 0, 1))
+    out = state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)]))
+    assert out == [Send(AGENT, TaskRun([row(1, items=1, skip=1, task=2, attempt=2)]))]
+    assert state.got(AGENT, result(2, 0, 1, attempt=2)) == [told(1, 1, 1)]
+
+
+def test_cancel_reaches_all_pieces_of_a_run():
+    """A user's cancel goes to each task that the run has become, and each answers for its items."""
+    state = with_task(items=4)
+    state.got(AGENT, TaskSplit([(BASE + 1, 1, 2)]))
+    out = state.got(CLIENT, cancel(1, 7))
+    assert out == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED), (BASE + 3, 2, FORCED)]))]
+    out = state.got(AGENT, AgentConfirm([(BASE + 1, 1, 1, CANCELED, 0), (BASE + 3, 1, 2, CANCELED, 0)]))
+    assert out == [Send(CLIENT, TaskCancelConfirm([(1, 7, CANCELED, 0, 2, True), (1, 7, CANCELED, 2, 2, True)]))]
+
+
+def test_pieces_of_a_run_cannot_be_named():
+    """A client names what it submitted, not what the scheduler made of it."""
+    state = with_task(items=4)
+    state.got(AGENT, TaskSplit([(BASE + 1, 1, 2)]))
+    assert state.got(CLIENT, cancel(3, 7)) == [answer(3, 7, NOT_FOUND, 0, 0)]
+
+
+# Unknown tasks, owners, peers
+
+
+def test_cancel_unknown():
+    """A cancel of what the scheduler does not know is answered NotFound."""
+    assert scheduler().got(CLIENT, cancel(5, 7)) == [answer(5, 7, NOT_FOUND, 0, 0)]
+
+
+def test_cancel_of_anothers_task():
+    """Numbers are a client's own: nobody can name another's task."""
+    state = with_task()
+    state.got(OTHER_CLIENT, Hello("client"))
+    out = state.got(OTHER_CLIENT, cancel(1, 7))
+    assert out == [Send(OTHER_CLIENT, TaskCancelConfirm([(1, 7, NOT_FOUND, 0, 0, True)]))]
+
+
+def test_another_agent_speaks_of_a_task():
+    """What an agent says of a task that another one has is stale."""
+    state = with_task()
+    state.got(OTHER_AGENT, Hello("agent"))
+    assert state.got(OTHER_AGENT, result(1)) == []
+    assert state.got(OTHER_AGENT, TaskDied([(BASE + 1, 1, REPORT)])) == []
+    assert state.stale == 2
+
+
+def test_wrong_version():
+    """A peer of another version is refused with a reason."""
+    out = Scheduler().got(CLIENT, Hello("client", version=99))
+    assert [type(i) for i in out] == [Send, Drop]
+    assert isinstance(out[0].message, Refused) and "99" in out[0].message.reason
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello("client"),
+        AgentCapacity(1, 1),
+        Bye(),
+        TaskSubmit([(0, 1, 1, b"")]),
+        TaskSubmit([(1, 1, 1, b"")]),
+        TaskSubmit([(5, 0, 1, b"")]),
+        TaskSubmit([(5, 1, 77, b"")]),
+        TaskSubmit([(5, 1 << 40, 1, b"")]),
+        TaskSubmit([], forget=[77]),
+        cancel(1, 0),
+        cancel(1, 1, RECALL),
+        cancel(1, 1, 9),
+    ],
+)
+def test_client_breaks_the_protocol(message):
+    """A client that breaks the protocol is dropped, its calls are stopped, and nobody else notices."""
+    state = with_task()
+    out = state.got(CLIENT, message)
+    assert out[0].peer == CLIENT and out[0].error
+    assert out[1:] == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)])), Send(AGENT, ClientGone(1))]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello("agent"),
+        TaskSubmit([]),
+        result(1, 1, 1),
+        result(1, 0, 2),
+        result(1, 0, 0),
+        confirm(1, 0, 9),
+        confirm(1, 0, FAILED),
+        confirm(1, 0, NOT_FOUND),
+        confirm(1, 0, at=1),
+        TaskSplit([(BASE + 1, 1, 0)]),
+        TaskSplit([(BASE + 1, 1, 1)]),
+    ],
+)
+def test_agent_breaks_the_protocol(message):
+    """An agent that breaks the protocol is dropped and its calls are fenced."""
+    state = with_task()
+    out = state.got(AGENT, message)
+    assert out == [out[0]] and out[0].peer == AGENT and out[0].error
+    assert state.next_deadline() == FENCE_S
+
+
+def test_message_before_hello():
+    """The first message of a peer is Hello."""
+    assert Scheduler().got(9, Bye()) == [Drop(9, "Bye before Hello", error=True)]
+
+
+def test_our_own_bug_stops_us():
+    """A cell that this side must never reach raises, and does not go on."""
+    state = queued()
+    with pytest.raises(LocalProtocolError):
+        state._step(state._tasks[BASE + 1], "RESULT", 0, 1, VALUE, b"")
+
+
+# Dispatch
+
+
+def test_clients_take_turns():
+    """A client with few tasks does not wait for one with many."""
+    state = scheduler(capacity=0)
+    state.got(OTHER_CLIENT, Hello("client"))
+    state.got(CLIENT, TaskSubmit([(no, 1, 0, b"") for no in range(1, 1001)]))
+    state.got(OTHER_CLIENT, TaskSubmit([(1, 1, 0, b"")]))
+    (sent,) = state.got(AGENT, AgentCapacity(100, 4))
+    assert 2 << CLIENT_ID_SHIFT | 1 in [task[0] for task in sent.message.tasks]
+
+
+def test_requeue_pumps():
+    """Every requeue pumps the queue: nothing else may happen for a long time."""
+    state = recalling()
+    state.got(AGENT, AgentCapacity(0, 1))
+    out = state.got(AGENT, TaskReturned([(BASE + 1, 1)]))
+    assert out == [Send(OTHER_AGENT, TaskRun([row(1)], [(1, function())]))]
+
+
+def test_workers_broken():
+    """If no agent can start a worker for a client, its queued tasks and all later ones end with the reason."""
+    state = with_task()
+    out = state.got(AGENT, WorkersBroken(1, "no"))
+    assert out == [Send(CLIENT, WorkersBroken(1, "no"))]
+    assert state.got(AGENT, TaskReturned([(BASE + 1, 1)])) == [told(1, 0, 1, b"no", ResultKind.BROKEN)]
+    out = state.got(CLIENT, TaskSubmit([(2, 3, 1, b"")]))
+    assert out == [told(2, 0, 3, b"no", ResultKind.BROKEN)]
+
+
+def test_workers_broken_at_one_of_two_agents():
+    """While another agent can start workers the tasks go there."""
+    state = scheduler(capacity=1)
+    state.got(OTHER_AGENT, Hello("agent"))
+    state.got(OTHER_AGENT, AgentCapacity(8, 1))
+    assert state.got(AGENT, WorkersBroken(1, "no")) == []
+    out = state.got(CLIENT, TaskSubmit([(1, 1, 1, b"p1")], [function()]))
+    assert out == [Send(OTHER_AGENT, TaskRun([row()], [(1, function())]))]
+    assert state.lost(OTHER_AGENT, stopped=True)[0].message.__class__ is WorkersBroken
+
+
+def test_agent_says_bye():
+    """An agent that leaves in order leaves nothing to decide."""
+    state = scheduler()
+    assert state.got(AGENT, Bye()) == [Drop(AGENT, "bye")]
+
+
+def test_task_crosses_the_agents_bye():
+    """What was sent to an agent that was leaving never reached it, and is sent to another one."""
+    state = with_task()
+    state.got(OTHER_AGENT, Hello("agent"))
+    state.got(OTHER_AGENT, AgentCapacity(8, 1))
+    out = state.got(AGENT, Bye())
+    assert out == [Drop(AGENT, "bye"), Send(OTHER_AGENT, TaskRun([row()], [(1, function())]))]
+
+
+def test_cancelled_task_crosses_the_agents_bye():
+    """What is cancelled and crosses the Bye of its agent is confirmed."""
+    state = canceling()
+    assert state.got(AGENT, Bye()) == [Drop(AGENT, "bye"), answer(1, 7)]
+
+
+def test_client_says_bye():
+    """A client that leaves in order is let go, and the agents let its workers go."""
+    state = with_task()
+    state.got(AGENT, result(1))
+    assert state.got(CLIENT, Bye()) == [Drop(CLIENT, "bye"), Send(AGENT, ClientGone(1))]
+
+
+def test_functions_of_a_gone_client_are_forgotten():
+    """Nothing is remembered of what an agent knew for a client that is gone."""
+    state = with_task()
+    state.lost(CLIENT)
+    state.got(AGENT, confirm(1, 1))
+    (agent,) = state._agents
+    assert not agent.known._known
+
+
+def test_story():
+    """The story of a task tells its odd steps, in order."""
+    state = canceling(SOFT)
+    state.got(AGENT, confirm(1, 1, FAILED))
+    steps = [(step.event, step.before, step.after) for step in state.story(BASE + 1)]
+    assert steps == [("CANCEL", "ASSIGNED", "CANCELING"), ("FAILED", "CANCELING", "ASSIGNED")]

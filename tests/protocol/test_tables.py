@@ -1,0 +1,94 @@
+"""The tables are literal and whole: every cell is a method, or says whose mistake it would be."""
+
+import ast
+import inspect
+
+import pytest
+
+from scaler_executor.protocol import agent, client, link, machine, scheduler
+
+MACHINES = {
+    "client": (client, client.ClientState, ("UNSENT", "SENT", "CANCELING"), client.EVENTS),
+    "scheduler": (scheduler, scheduler.SchedulerState, scheduler.STATES, scheduler.EVENTS),
+    "agent": (agent, agent.AgentState, agent.STATES, agent.EVENTS),
+    "link": (link, link.LinkState, link.STATES, link.EVENTS),
+}
+DEAD_ENDS = (machine.peer_error, machine.forbidden, machine.ignore)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_table_is_whole(name):
+    """There is a cell for each state and event, and no other."""
+    module, _, states, events = MACHINES[name]
+    machine.check_table(module.TABLE, states, events)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_cells(name):
+    """Each cell is a method of the machine, peer_error, forbidden or ignore."""
+    module, state_class, _, _ = MACHINES[name]
+    for state, row in module.TABLE.items():
+        for event, cell in row.items():
+            is_method = getattr(state_class, cell.__name__, None) is cell
+            assert cell in DEAD_ENDS or is_method, (state, event, cell)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_events_are_used(name):
+    """Each event of a table is raised somewhere, and each that is raised is in the table."""
+    module, _, _, events = MACHINES[name]
+    tree = ast.parse(inspect.getsource(module))
+    raised = {
+        argument.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "_step"
+        for argument in ast.walk(call)
+        if isinstance(argument, ast.Constant) and str(argument.value).isupper()
+    }
+    # Where a call is a matter of nanoseconds the cell is looked up by hand.
+    raised |= {
+        node.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value in events
+    }
+    assert raised == set(events)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_states_are_entered(name):
+    """Each state of a table is assigned, or passed to what assigns it, somewhere."""
+    module, _, states, _ = MACHINES[name]
+    source = inspect.getsource(module)
+    for state in states:
+        assert f'"{state}"' in source
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_four_methods(name):
+    """A machine has handle, next_deadline, story and check, and otherwise tells only how much it holds."""
+    _, state_class, _, _ = MACHINES[name]
+    public = {attribute for attribute in vars(state_class) if not attribute.startswith("_")}
+    assert {"handle", "next_deadline", "story", "check"} <= public
+    assert public <= {"handle", "next_deadline", "story", "check", "outstanding", "outstanding_tasks", "workers"}
+
+
+def test_dead_ends():
+    """peer_error blames the peer, forbidden blames us."""
+
+    class Task:
+        state = "X"
+
+    with pytest.raises(machine.RemoteProtocolError):
+        machine.peer_error(None, Task())
+    with pytest.raises(machine.LocalProtocolError):
+        machine.forbidden(None, Task())
+    assert machine.ignore(None, Task()) is None
+
+
+def test_story_is_bounded():
+    """A machine remembers so many steps and no more."""
+    story = machine.Story()
+    for number in range(2 * machine.STORY_LENGTH):
+        story.add(0.0, number, "event", "A", "B")
+    assert len(story._steps) == machine.STORY_LENGTH
+    assert story.of(0) == [] and len(story.of(2 * machine.STORY_LENGTH - 1)) == 1
