@@ -919,7 +919,8 @@ class AgentState:
         if call.start:
             call = self._split_tail(call, call.start)
         call.state, call.cancel_no, call.kind = "QUEUED", 0, CancelKind.RECALL
-        if self._draining or self._fenced or call.client_id in self._broken:
+        client_id = call.client_id
+        if self._draining or self._fenced or client_id in self._broken or client_id in self._gone_clients:
             self._forget(call)
             self._returned.append((call.task_id, call.attempt))
             return
@@ -1265,15 +1266,15 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "CANCEL": _A._newest_counts,
         # The pipe and the forker are not in order with each other: it unwound, or was skipped, before the freeze.
         "UNWOUND": _A._stopped,
-        "SKIPPED": _A._stopped,
-        "NOT_STARTED": _A._stopped,
+        "SKIPPED": _A._not_started,
+        "NOT_STARTED": _A._not_started,
         "IN_PROGRESS": _A._freeze_again,
         "OVER": _A._still_held,
         "KILLED": _A._killing,
         "STUCK": _A._stuck,
         "GRACE_DUE": forbidden,
         "EXITED_IN_PROGRESS": _A._stopped,
-        "EXITED_NOT_STARTED": _A._stopped,
+        "EXITED_NOT_STARTED": _A._not_started,
     },
     "KILLING": {
         "CANCEL": _A._newest_counts,
@@ -1287,7 +1288,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "GRACE_DUE": forbidden,
         # Not before: a confirm sent while the process may still write a file would be a lie.
         "EXITED_IN_PROGRESS": _A._stopped,
-        "EXITED_NOT_STARTED": _A._stopped,
+        "EXITED_NOT_STARTED": _A._not_started,
     },
 }
 TABLE: Final = _TABLE
