@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import Scene
 
 from scaler_executor import ScalerExecutor
-from support import Scene
 
 # The crashes that the tests provoke are nobody's to debug.
 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

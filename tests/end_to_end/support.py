@@ -41,7 +41,7 @@ class Fifo:
         self._rest = b""
 
     def __reduce__(self) -> Any:
-        return _copy_of_fifo, (self.path,)
+        return copy_of_fifo, (self.path,)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -87,7 +87,7 @@ class Fifo:
         os.write(self._fd, b"x" * count)
 
 
-def _copy_of_fifo(path: str) -> Fifo:
+def copy_of_fifo(path: str) -> Fifo:
     fifo = Fifo.__new__(Fifo)
     fifo.path = path
     return fifo
@@ -102,7 +102,7 @@ class Heartbeat:
         self._words = self._map()
 
     def __reduce__(self) -> Any:
-        return _copy_of_heartbeat, (self.path,)
+        return copy_of_heartbeat, (self.path,)
 
     def _map(self) -> memoryview:
         with open(self.path, "r+b") as file:
@@ -127,7 +127,7 @@ class Heartbeat:
         wait_until(lambda: self.count > start, "no heartbeat")
 
 
-def _copy_of_heartbeat(path: str) -> Heartbeat:
+def copy_of_heartbeat(path: str) -> Heartbeat:
     heartbeat = Heartbeat.__new__(Heartbeat)
     heartbeat.path = path
     heartbeat._words = heartbeat._map()
@@ -142,6 +142,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = str(path)
         path.touch()
+
+    def __reduce__(self) -> Any:
+        return copy_of_journal, (self.path,)
 
     def write(self, *words: object) -> None:
         """Append a line. A process opens the file once."""
@@ -159,6 +162,12 @@ class Journal:
         fd = self._fds.pop(self.path, None)
         if fd is not None:
             os.close(fd)
+
+
+def copy_of_journal(path: str) -> Journal:
+    journal = Journal.__new__(Journal)
+    journal.path = path
+    return journal
 
 
 # Waiting

@@ -11,10 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, as_completed, wa
 from typing import Any
 
 import pytest
-
 import workload
-from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture, SchedulerLostError
 from support import DEADLINE_S, Cluster, Fifo, Scene, wait_gone, wait_until
+
+from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture, SchedulerLostError
 
 Make = Callable[..., ScalerExecutor]
 

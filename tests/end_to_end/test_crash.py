@@ -12,8 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
-
 import workload
+from support import DEADLINE_S, Cluster, Scene, wait_gone, wait_until
+
 from scaler_executor import (
     CancelOutcome,
     RemoteError,
@@ -23,7 +24,6 @@ from scaler_executor import (
     WorkerDiedError,
     WorkerStartError,
 )
-from support import DEADLINE_S, Cluster, Scene, wait_gone, wait_until
 
 Make = Callable[..., ScalerExecutor]
 
@@ -185,7 +185,7 @@ def test_what_does_not_unpickle_in_the_worker(executor: ScalerExecutor) -> None:
         executor.submit(workload.PoisonOnLoad("function")),
         executor.submit(workload.echo, workload.PoisonOnLoad("argument")),
     ):
-        with pytest.raises(ValueError, match="does not unpickle: (function|argument)"):
+        with pytest.raises(ValueError, match=r"does not unpickle: (function|argument)"):
             future.result(DEADLINE_S)
     assert executor.submit(workload.get_pid).result(DEADLINE_S) == pid
 
@@ -400,10 +400,10 @@ CLIENT = """
 import multiprocessing, sys
 import workload
 from scaler_executor import ScalerExecutor
-from support import _copy_of_fifo, _copy_of_heartbeat
+from support import copy_of_fifo, copy_of_heartbeat
 
 method, is_running, third, ready, started, gate, beat = sys.argv[1:]
-ready, started, gate = map(_copy_of_fifo, (ready, started, gate))
+ready, started, gate = map(copy_of_fifo, (ready, started, gate))
 
 if __name__ == "__main__":
     executor = ScalerExecutor(3, multiprocessing.get_context(method))
@@ -412,7 +412,7 @@ if __name__ == "__main__":
     if int(is_running):
         futures = [
             executor.submit(workload.hold_gil, started),
-            executor.submit(workload.defy, started, _copy_of_heartbeat(beat)),
+            executor.submit(workload.defy, started, copy_of_heartbeat(beat)),
             executor.submit(getattr(workload, third), started),
             *[executor.submit(workload.sleep, started) for _ in range(10)],
         ]

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 
 import pytest
-
 import workload
-from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture
 from support import DEADLINE_S, IS_LONG, Journal, Scene
+
+from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture
 
 Make = Callable[..., ScalerExecutor]
 

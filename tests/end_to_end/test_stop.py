@@ -9,10 +9,10 @@ from concurrent.futures import CancelledError, wait
 from typing import Any
 
 import pytest
-
 import workload
-from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture
 from support import DEADLINE_S, Cluster, Scene, is_gone, wait_gone, wait_until
+
+from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture
 
 Make = Callable[..., ScalerExecutor]
 

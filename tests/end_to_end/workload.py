@@ -449,3 +449,17 @@ def work_in_subprocess(started: Fifo) -> None:
         process.stdout.readline()
         started.tell(os.getpid())
         process.wait()
+
+
+def note_or_hold(job: tuple[Fifo | None, Fifo | None, Journal, int]) -> int:
+    """Write the number into the journal, after `hold` if there is a gate. For map."""
+    started, gate, journal, number = job
+    pass_or_hold(started, gate, number)
+    journal.write(number)
+    return number
+
+
+def increment_in_place(array: Any) -> Any:
+    """Change the argument and return it."""
+    array += 1
+    return array
