@@ -512,7 +512,8 @@ def test_map_takes_back_what_has_not_started(scene: Scene, make: Make) -> None:
     assert after.result(DEADLINE_S) == 1
     executor.shutdown()
     numbers = [int(line[0]) for line in journal.read()]
-    assert numbers == list(range(-2, len(numbers) - 2)) and 2 <= len(numbers) < 50_000
+    assert numbers[:2] == [-2, -1]
+    assert len(numbers) == len(set(numbers)) < 50_000
 
 
 def test_map_timeout(scene: Scene, executor: ScalerExecutor) -> None:
