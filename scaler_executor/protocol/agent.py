@@ -11,6 +11,7 @@ RECALLING      a freeze is to tell whether it has started; if not it is taken ba
 STOPPING_SOFT  its worker has been interrupted; it may unwind until the grace time is over
 FREEZING       its worker is being frozen, and killed if it is still in this call
 KILLING        its process group has been killed; confirmed when it is gone
+UNWOUND        its code has unwound, and what it left in its process group is being killed; confirmed when it is gone
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import msgspec
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.crew import PORTION_CALLS, AgentFunction, Call, CallState, Crew, Worker, row_of
-from scaler_executor.protocol.machine import Story, Transition, forbidden, unreachable
+from scaler_executor.protocol.machine import Story, Transition, forbidden, ignore, unreachable
 from scaler_executor.protocol.messages import (
     AgentCapacity,
     AgentConfirm,
@@ -58,6 +59,7 @@ from scaler_executor.protocol.page import (
     RECORD_START_FAILED,
     RECORD_UNWOUND,
     RECORD_VALUE,
+    RECORD_VALUES,
 )
 
 #: An agent that has lost its scheduler stops its calls after so long; shorter than `scheduler.FENCE_S` by more than
@@ -524,6 +526,11 @@ class AgentState:
                     self._ended(call)
                 else:
                     self._item_result(call, call.given_from + item, kind, payload)
+            elif kind == RECORD_VALUES:
+                worker.heard_seq = max(worker.heard_seq, seq)
+                call = self._head(worker, seq)
+                if call is not None:
+                    self._range_result(call, call.given_from + item, payload)
             elif kind == RECORD_BATCH_END:
                 self._portion_done(worker, seq * 1e-9, item)
             elif kind == RECORD_READY:
@@ -577,6 +584,20 @@ class AgentState:
         else:
             results.append((call.task_id, call.attempt, item, 1, kind, payload))
         call.start = item + 1
+        if call.start == call.items:
+            self._ended(call)
+
+    def _range_result(self, call: Call, item: int, payload: Any) -> None:
+        """Forward the values of consecutive items of a run."""
+        count = int.from_bytes(payload[:4], "little")
+        if item < call.start:
+            return  # they were taken from the page of a worker that died while it wrote them into the pipe
+        if item > call.start or not 0 < count <= call.open_items:
+            assert call.worker is not None
+            self._misbehaved(call.worker, f"results of items {item}+{count}, expected {call.start} of {call.items}")
+            return
+        self._results.append((call.task_id, call.attempt, item, count, RECORD_VALUE, payload[4:]))
+        call.start = item + count
         if call.start == call.items:
             self._ended(call)
 
@@ -679,7 +700,7 @@ class AgentState:
         worker.stuck = event.stuck
         if event.stuck:
             # Also of those about which no freeze was sent because the worker was killed: nobody else will answer them.
-            asked = [call for call in worker.held if call.state in ("RECALLING", "FREEZING", "KILLING")]
+            asked = [call for call in worker.held if call.state in ("RECALLING", "FREEZING", "KILLING", "UNWOUND")]
         for call in asked:
             if event.stuck:
                 self._step(call, "STUCK")
@@ -808,6 +829,15 @@ class AgentState:
 
     def _killing(self, call: Call) -> None:
         call.state = "KILLING"
+
+    def _unwound(self, call: Call) -> None:
+        """Its code has stopped, but a subprocess of it may run on: that goes with the worker's group."""
+        worker = call.worker
+        assert worker is not None
+        self._stopping.pop(call.task_id, None)
+        call.state = "UNWOUND"
+        worker.killed = True
+        self._out.append(Kill(worker.worker_id))
 
     def _stuck(self, call: Call) -> None:
         call.state = "HELD"
@@ -1169,7 +1199,7 @@ def _whole(row: Any) -> AgentResultRow:
 
 _Cell: TypeAlias = Callable[..., None]
 
-STATES: Final = ("QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING")
+STATES: Final = ("QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING", "UNWOUND")
 EVENTS: Final = (
     "CANCEL",  # by the scheduler: cancel_no, kind
     "UNWOUND",  # by the worker: it was interrupted in this call and does nothing more
@@ -1250,7 +1280,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     },
     "STOPPING_SOFT": {
         "CANCEL": _A._newest_counts,
-        "UNWOUND": _A._stopped,
+        "UNWOUND": _A._unwound,
         "SKIPPED": _A._stopped,
         # No freeze asks about it; a report for others says nothing of the time after the interrupt.
         "NOT_STARTED": forbidden,
@@ -1265,7 +1295,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     "FREEZING": {
         "CANCEL": _A._newest_counts,
         # The pipe and the forker are not in order with each other: it unwound, or was skipped, before the freeze.
-        "UNWOUND": _A._stopped,
+        "UNWOUND": _A._unwound,
         "SKIPPED": _A._not_started,
         "NOT_STARTED": _A._not_started,
         "IN_PROGRESS": _A._freeze_again,
@@ -1289,6 +1319,22 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         # Not before: a confirm sent while the process may still write a file would be a lie.
         "EXITED_IN_PROGRESS": _A._stopped,
         "EXITED_NOT_STARTED": _A._not_started,
+    },
+    "UNWOUND": {
+        "CANCEL": _A._newest_counts,
+        "UNWOUND": forbidden,
+        # Said of everything that the worker held.
+        "SKIPPED": ignore,
+        "NOT_STARTED": forbidden,
+        # Answers of a freeze that was under way.
+        "IN_PROGRESS": ignore,
+        "OVER": ignore,
+        "KILLED": ignore,
+        # The code has stopped; what does not die of its group is out of anybody's hands.
+        "STUCK": _A._stopped,
+        "GRACE_DUE": forbidden,
+        "EXITED_IN_PROGRESS": _A._stopped,
+        "EXITED_NOT_STARTED": _A._stopped,
     },
 }
 TABLE: Final = _TABLE

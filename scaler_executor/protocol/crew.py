@@ -13,7 +13,7 @@ from scaler_executor.protocol.functions import KnownFunctions
 from scaler_executor.protocol.messages import CancelKind, Function, WorkerCallRow
 from scaler_executor.protocol.page import RING_SLOTS
 
-CallState = Literal["QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING", "GONE"]
+CallState = Literal["QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING", "UNWOUND", "GONE"]
 WorkerState = Literal["FORKING", "STARTING", "READY", "LEAVING"]
 
 #: A worker is given calls in portions of so much expected work, and a further portion while it has no more than one.

@@ -15,6 +15,11 @@ The worker's side, for each call, in this order:
 Claim before look: a freezer that sees `CURRENT < seq` may take `seq` back, since the worker has yet to look; one that
 sees `CURRENT == seq` may not. Before it claims a run of items the worker writes ITEM = 0 and STOP = items; inside the
 run each item is claimed the same way: ITEM = i, then look at i < STOP, then run it, then write its result.
+
+The values of consecutive items of a run are collected in a buffer behind the words, the range buffer, and written into
+the pipe together: a system call for each would take longer than a short item. They are as safe there: PENDING says, in
+one word, how many are complete, and whoever finds the worker dead takes them from there. An agent may also read them
+while the worker is inside a long item, if it finds all three words unchanged afterwards.
 """
 
 from __future__ import annotations
@@ -36,11 +41,20 @@ INTERRUPT: Final = 4
 #: 1 after the worker rang the bell, until the agent has read its pipe. Tells which of many workers rang.
 RANG: Final = 5
 
+#: What stands in the range buffer and not yet in the pipe: number of items << 32 | bytes; 0: nothing. Written by the
+#: worker, as everything below.
+PENDING: Final = 6
+#: The run and its first item that the range buffer holds. Written before the buffer, which is written before PENDING.
+RANGE_SEQ: Final = 7
+RANGE_FIRST: Final = 8
+
 HEADER_WORDS: Final = 16
 #: So many calls may be in a worker's hands at once.
 RING_SLOTS: Final = 1000
 PAGE_WORDS: Final = HEADER_WORDS + RING_SLOTS
-PAGE_BYTES: Final = 8 * PAGE_WORDS
+#: The range buffer, behind the words.
+RANGE_BYTES: Final = 1 << 16
+PAGE_BYTES: Final = 8 * PAGE_WORDS + RANGE_BYTES
 
 
 def slot(seq: int) -> int:
@@ -62,3 +76,4 @@ RECORD_SKIPPED: Final = 3  # the call was claimed, found taken back and not star
 RECORD_BATCH_END: Final = 4  # `seq`: duration of the message's calls in ns; `item`: the items run
 RECORD_READY: Final = 5  # the initializer is through
 RECORD_START_FAILED: Final = 6  # utf-8 text: traceback of the initializer; the worker exits
+RECORD_VALUES: Final = 7  # of a run: u32 number of items, then the pickle of each one's value

@@ -32,7 +32,7 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.protocol.page import CURRENT, DONE, ITEM, RANG, slot
 from scaler_executor.runtime import log, platform
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
-from scaler_executor.runtime.pipe import ResultPipe
+from scaler_executor.runtime.pipe import WorkerResults
 from scaler_executor.runtime.transport import StreamWriter
 
 #: Read from one worker before the others have their turn. More than a pipe holds, so that a ring is never missed.
@@ -51,9 +51,9 @@ class WorkerHandle:
         self.socket = socket.socket(fileno=call_fd)
         self.socket.setblocking(False)
         self.writer = StreamWriter(self.socket)
-        self.pipe = ResultPipe(pipe_fd)
         self.page = platform.map_page(page_fd)
         os.close(page_fd)
+        self.results = WorkerResults(pipe_fd, self.page)
         #: Told to exit once everything is written.
         self.retired = False
         #: Its pipe is watched, because a record is only half here.
@@ -61,7 +61,7 @@ class WorkerHandle:
 
     def close(self) -> None:
         self.socket.close()
-        self.pipe.close()
+        self.results.close()
         platform.unmap_page(self.page)
         os.close(self.pidfd)
 
@@ -200,17 +200,17 @@ class AgentRuntime:
         # First the mark, then the pipe: what is written in between rings again.
         handle.page[RANG] = 0
         try:
-            records = handle.pipe.read(PIPE_BUDGET_BYTES)
+            records = handle.results.read(PIPE_BUDGET_BYTES)
         except RemoteProtocolError as error:
             self._distrust(handle, error)
             return
-        if handle.pipe.is_partial != handle.is_watched:
+        if handle.results.is_partial != handle.is_watched:
             # A large record comes in many pieces and rings once.
-            handle.is_watched = handle.pipe.is_partial
+            handle.is_watched = handle.results.is_partial
             if handle.is_watched:
-                self._loop.watch(handle.pipe.fileno(), lambda: self._read_more(handle))
+                self._loop.watch(handle.results.fileno(), lambda: self._read_more(handle))
             else:
-                self._loop.forget(handle.pipe.fileno())
+                self._loop.forget(handle.results.fileno())
         if records:
             self.handle(protocol.Records(handle.worker_id, records))
 
@@ -219,14 +219,14 @@ class AgentRuntime:
             self._is_held_up = True
             handle.page[RANG] = 1
             handle.is_watched = False
-            self._loop.forget(handle.pipe.fileno())
+            self._loop.forget(handle.results.fileno())
         else:
             self._read(handle)
 
     def _distrust(self, handle: WorkerHandle, error: RemoteProtocolError) -> None:
         """User code has written into our pipe: the worker is no use any more."""
         log.warn("agent", "worker %d (pid %d) wrote nonsense and is killed: %s", handle.worker_id, handle.pid, error)
-        self._loop.forget(handle.pipe.fileno())
+        self._loop.forget(handle.results.fileno())
         self._tell_forker(KillWorker(handle.worker_id))
 
     def _look(self, instruction: protocol.Look) -> None:
@@ -237,6 +237,8 @@ class AgentRuntime:
         done, current = page[DONE], page[CURRENT]
         if not self._is_held_up:
             self._read(handle)
+            if not handle.results.is_partial and (records := handle.results.take_range()):
+                self.handle(protocol.Records(handle.worker_id, records))
         if instruction.worker_id in self._workers:
             self.handle(protocol.Seen(handle.worker_id, current, done))
 
@@ -339,10 +341,10 @@ class AgentRuntime:
     def _bury(self, handle: WorkerHandle, current: int, done: int, item: int, report: DeathReport) -> None:
         """Take what a dead worker left, then say that it is dead: in this order, for a result that is there counts."""
         if handle.is_watched:
-            self._loop.forget(handle.pipe.fileno())
+            self._loop.forget(handle.results.fileno())
         self._loop.forget(handle.socket.fileno())
         try:
-            records = handle.pipe.drain()
+            records = handle.results.drain()
         except RemoteProtocolError:
             records = []
         handle.close()

@@ -11,7 +11,8 @@ from typing import Final, TypeAlias
 
 from scaler_executor.protocol.codec import FRAME_LENGTH, MAX_FRAMES, RemoteProtocolError
 from scaler_executor.protocol.messages import Frames
-from scaler_executor.protocol.page import RECORD, RECORD_BYTES, RECORD_START_FAILED
+from scaler_executor.protocol.page import PENDING, RANGE_FIRST, RANGE_SEQ, RECORD, RECORD_BYTES, RECORD_VALUES
+from scaler_executor.runtime.platform import range_buffer
 from scaler_executor.runtime.transport import PartReader
 
 #: One `read`: what a Linux pipe holds by default.
@@ -114,7 +115,7 @@ class ResultPipe:
                 append((kind, seq, item, data[start:stop]))
                 at = stop
                 continue
-            if kind > RECORD_START_FAILED or frame_count > MAX_FRAMES:
+            if kind > RECORD_VALUES or frame_count > MAX_FRAMES:
                 raise RemoteProtocolError(f"a record of kind {kind} with {frame_count} frames")
             if not frame_count and size <= LARGE_BYTES:
                 break
@@ -137,3 +138,76 @@ class ResultPipe:
         kind, seq, item, frame_count = self._large_head
         records.append((kind, seq, item, Frames(list(large.parts)) if frame_count else bytes(large.parts[0])))
         self._large = None
+
+
+class WorkerResults:
+    """What a worker has said: its pipe, and the range buffer of its page, which together hold each result once.
+
+    Args:
+        pipe_fd: The result pipe; owned from here on.
+        page: The worker's page; not owned.
+    """
+
+    __slots__ = ("_page", "_pipe", "_range_buffer", "_taken")
+
+    def __init__(self, pipe_fd: int, page: memoryview) -> None:
+        self._pipe = ResultPipe(pipe_fd)
+        self._page = page
+        self._range_buffer = range_buffer(page)
+        #: What was taken from the range buffer before it came through the pipe: run, first item, items, bytes.
+        self._taken = (0, 0, 0, 0)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a record has come in part: its writer may not ring again for the rest."""
+        return self._pipe.is_partial
+
+    def fileno(self) -> int:
+        """Return the pipe's descriptor."""
+        return self._pipe.fileno()
+
+    def read(self, max_bytes: int) -> list[Record]:
+        """As `ResultPipe.read`."""
+        return self._without_taken(self._pipe.read(max_bytes))
+
+    def drain(self) -> list[Record]:
+        """Return everything that a dead worker left."""
+        return self._without_taken(self._pipe.drain()) + self.take_range()
+
+    def take_range(self) -> list[Record]:
+        """Return the values that stand in the range buffer and were not taken from there before.
+
+        The worker may be alive: what it changes meanwhile is left for later. Read the pipe first, for these come behind.
+        """
+        page = self._page
+        before = page[RANGE_SEQ], page[RANGE_FIRST], page[PENDING]
+        seq, first, pending = before
+        count, used = pending >> 32, pending & 0xFFFFFFFF
+        taken_count, taken_bytes = self._taken[2:] if self._taken[:2] == (seq, first) else (0, 0)
+        if count <= taken_count:
+            return []
+        values = bytes(self._range_buffer[taken_bytes:used])
+        if (page[RANGE_SEQ], page[RANGE_FIRST], page[PENDING]) != before:
+            return []
+        self._taken = (seq, first, count, used)
+        body = (count - taken_count).to_bytes(4, "little") + values
+        return [(RECORD_VALUES, seq, first + taken_count, body)]
+
+    def _without_taken(self, records: list[Record]) -> list[Record]:
+        seq, first, taken_count, taken_bytes = self._taken
+        if not taken_count:
+            return records
+        for index, (kind, *place, body) in enumerate(records):
+            if kind == RECORD_VALUES and place == [seq, first]:
+                assert isinstance(body, bytes)
+                self._taken = (0, 0, 0, 0)
+                left = int.from_bytes(body[:4], "little") - taken_count
+                rest = (RECORD_VALUES, seq, first + taken_count, left.to_bytes(4, "little") + body[4 + taken_bytes :])
+                records[index : index + 1] = [rest] if left else []
+                break
+        return records
+
+    def close(self) -> None:
+        """Close the pipe and let go of the page."""
+        self._pipe.close()
+        self._range_buffer.release()

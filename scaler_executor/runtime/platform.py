@@ -18,7 +18,7 @@ import signal
 import sys
 from typing import Any, Final
 
-from scaler_executor.protocol.page import PAGE_BYTES
+from scaler_executor.protocol.page import PAGE_BYTES, PAGE_WORDS
 
 PORTABLE: Final = not sys.platform.startswith("linux") or os.environ.get("SCALER_EXECUTOR_PLATFORM") == "portable"
 
@@ -167,6 +167,11 @@ def create_page() -> int:
 def map_page(fd: int) -> memoryview:
     """Return the page's words, shared. The descriptor may be closed then."""
     return memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("q")
+
+
+def range_buffer(words: memoryview) -> memoryview:
+    """Return the range buffer of a mapped page; to be released before the page is unmapped."""
+    return memoryview(words.obj)[8 * PAGE_WORDS :]
 
 
 def unmap_page(words: memoryview) -> None:

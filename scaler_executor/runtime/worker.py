@@ -33,7 +33,11 @@ from scaler_executor.protocol.page import (
     HEADER_WORDS,
     INTERRUPT,
     ITEM,
+    PENDING,
     RANG,
+    RANGE_BYTES,
+    RANGE_FIRST,
+    RANGE_SEQ,
     RECORD,
     RECORD_BATCH_END,
     RECORD_ERROR,
@@ -42,6 +46,7 @@ from scaler_executor.protocol.page import (
     RECORD_START_FAILED,
     RECORD_UNWOUND,
     RECORD_VALUE,
+    RECORD_VALUES,
     RING_SLOTS,
     STOP,
 )
@@ -55,11 +60,13 @@ from scaler_executor.runtime.calls import (
     load_run,
     loads_value,
 )
-from scaler_executor.runtime.platform import Bell
+from scaler_executor.runtime.platform import Bell, range_buffer
 from scaler_executor.runtime.transport import StreamReader
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
 RING_INTERVAL_S: Final = 0.005
+#: Larger values are not collected: they are worth a system call each.
+MAX_RANGE_VALUE_BYTES: Final = 4096
 #: More of an initializer's traceback than this helps nobody.
 MAX_START_ERROR_BYTES: Final = 1 << 15
 
@@ -105,6 +112,7 @@ class Worker:
         self._socket = call_socket
         self._pipe_fd = pipe_fd
         self._page = page
+        self._range_buffer = range_buffer(page)
         self._bell = bell
         self._config = config
         self._pickler = CallPickler(config.baseline, copy_buffers=False)
@@ -238,9 +246,12 @@ class Worker:
                 self._report(seq, 0, RECORD_SKIPPED, None, None, is_last)
             page[DONE] = seq
             return
+        buffer = self._range_buffer
+        #: Items and bytes in the range buffer.
+        count = used = 0
+        error: BaseException | None = None
         for item in range(items):
             value: Any = None
-            error: BaseException | None = None
             try:
                 try:
                     self._armed = seq
@@ -264,16 +275,59 @@ class Worker:
                     error = raised
             except TaskInterrupted as raised:
                 error = raised
-            self._report(seq, item, RECORD_VALUE, value, error, is_last and item + 1 >= page[STOP])
+            if self._is_fork:
+                self._exit_if_fork(error)
+            body = self._dumps_small(value) if error is None else None
+            if body is None or used + len(body) > RANGE_BYTES:
+                if count:
+                    self._write_range(seq, count, used, b"")
+                    count = used = 0
+            if body is None:
+                self._report(seq, item, RECORD_VALUE, value, error, is_last and item + 1 >= page[STOP])
+            else:
+                if not count:
+                    page[RANGE_SEQ] = seq
+                    page[RANGE_FIRST] = item
+                end = used + len(body)
+                buffer[used:end] = body
+                used = end
+                count += 1
+                page[PENDING] = count << 32 | used
+                self._items_run += 1
+                if perf_counter() - self._rang_at > RING_INTERVAL_S:
+                    self._write_range(seq, count, used, b"")
+                    count = used = 0
+                    self._ring()
             if self._was_interrupted:
-                if error is None and item + 1 < page[STOP]:
-                    # The item swallowed the interrupt and has its value; the run ends here all the same.
-                    self._write(_pack(0, seq, item + 1, 0, RECORD_UNWOUND))
                 break
             error = None
+        if count:
+            ends_batch = is_last and not self._was_interrupted
+            self._write_range(seq, count, used, self._batch_end() if ends_batch else b"")
+        if self._was_interrupted and error is None and item + 1 < page[STOP]:
+            # The item swallowed the interrupt and has its value; the run ends here all the same.
+            self._write(_pack(0, seq, item + 1, 0, RECORD_UNWOUND))
         error = None
         page[DONE] = seq
         page[ITEM] = 0  # a single call has no items: what the page says of it must not be what it said of the run
+
+    def _dumps_small(self, value: Any) -> bytes | None:
+        """Return the pickle of a value if it may stand in the range buffer, None of others."""
+        if type(value) in PLAIN_TYPES:
+            body: bytes | None = _dumps(value, 5)
+        else:
+            try:
+                body = self._pickler.dumps_small(value)
+            except BaseException:
+                return None  # `_report` tries again and says what is wrong
+        return body if body is not None and len(body) <= MAX_RANGE_VALUE_BYTES else None
+
+    def _write_range(self, seq: int, count: int, used: int, behind: bytes) -> None:
+        """Write what stands in the range buffer into the pipe, and `behind` after it."""
+        _flush_streams()
+        head = _pack(4 + used, seq, self._page[RANGE_FIRST], 0, RECORD_VALUES) + count.to_bytes(4, "little")
+        self._write(head + bytes(self._range_buffer[:used]) + behind)
+        self._page[PENDING] = 0
 
     def _open_run(self, seq: int, function_id: int, payload: Payload, count: int) -> tuple[Any, int, list[Any]]:
         """Claim a run, look, and unpickle it. Return (None, 0, []) if it is not to be made."""

@@ -34,13 +34,14 @@ from scaler_executor.protocol.page import (
     RECORD_READY,
     RECORD_START_FAILED,
     RECORD_VALUE,
+    RECORD_VALUES,
     slot,
 )
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.calls import CallPickler, loads_exception, loads_value, main_baseline
+from scaler_executor.runtime.calls import CallPickler, loads_exception, loads_value, loads_values, main_baseline
 from scaler_executor.runtime.forker import start_forker_by_fork
 from scaler_executor.runtime.functions import FunctionTable
-from scaler_executor.runtime.pipe import ResultPipe
+from scaler_executor.runtime.pipe import WorkerResults
 from scaler_executor.runtime.transport import StreamWriter
 from scaler_executor.runtime.worker import WorkerConfig
 
@@ -60,8 +61,8 @@ class Handle:
         self.socket = socket.socket(fileno=call_fd)
         self.socket.setblocking(False)
         self.writer = StreamWriter(self.socket)
-        self.pipe = ResultPipe(pipe_fd)
         self.page = platform.map_page(page_fd)
+        self.pipe = WorkerResults(pipe_fd, self.page)
         os.close(page_fd)
         self.seq = 0
         self.records: list[tuple[int, int, int, Any]] = []
@@ -179,10 +180,16 @@ class Agent:
                 if handle.exited is None:
                     handle.page[RANG] = 0
                     self.take(handle, handle.pipe.read(1 << 20))
+                    if not handle.pipe.is_partial:
+                        self.take(handle, handle.pipe.take_range())
 
     def take(self, handle: Handle, records: list[Any]) -> None:
         """Keep records, unpickled."""
         for kind, seq, item, payload in records:
+            if kind == RECORD_VALUES:
+                values = loads_values(payload[4:], int.from_bytes(payload[:4], "little"))
+                handle.records += [(RECORD_VALUE, seq, item + index, value) for index, value in enumerate(values)]
+                continue
             if kind == RECORD_VALUE:
                 payload = loads_value(payload)
             elif kind == RECORD_ERROR:

@@ -342,6 +342,7 @@ class SlowPage:
 
     def __init__(self, words: memoryview) -> None:
         self.words = words
+        self.obj = words.obj
 
     def __getitem__(self, index: int) -> int:
         value: int = self.words[index]
