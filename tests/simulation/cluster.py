@@ -1,0 +1,555 @@
+"""A cluster of clients, a scheduler, agents, forkers and workers, in one process and without a clock of its own.
+
+It does what the instructions of the state machines say and knows what really happened: which item started where,
+which is running, what was confirmed. What is under way stands in queues, `queues[key]`; a driver decides when the
+first entry of which queue arrives, and when a worker takes its next step. So the same cluster runs under a random
+driver (`random_runs`) and under one that tries every order (`exhaustive`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Any
+
+from scaler_executor.protocol import agent as agents
+from scaler_executor.protocol import client as clients
+from scaler_executor.protocol import scheduler as schedulers
+from scaler_executor.protocol.client import REST
+from scaler_executor.protocol.messages import (
+    CLIENT_ID_SHIFT,
+    Bye,
+    CancelKind,
+    DeathReport,
+    ForkWorker,
+    FreezeWorker,
+    Function,
+    Hello,
+    InterruptWorker,
+    KillWorker,
+    Options,
+    ResultKind,
+    TaskCancelConfirm,
+    TaskCancelConfirmType,
+)
+from scaler_executor.protocol.page import CURRENT, DONE, INTERRUPT, ITEM, STOP, slot
+
+from .worker import Behaviour, SimWorker, value_of
+
+Key = tuple[Any, ...]
+
+
+class SimFuture:
+    """What the client's user sees of one task."""
+
+    def __init__(self, items: int) -> None:
+        self.outcomes: list[str | None] = [None] * items
+        self.finished = False
+        self.cancel_open = False
+
+    def settle(self, no: int, item: int, outcome: str) -> None:
+        assert self.outcomes[item] is None, f"item {item} of task {no}: {outcome} after {self.outcomes[item]}"
+        self.outcomes[item] = outcome
+
+    @property
+    def settled(self) -> bool:
+        return None not in self.outcomes
+
+
+class SimClient:
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.state = clients.ClientState()
+        self.futures: dict[int, SimFuture] = {}
+        self.gone = False
+        self.closing = False
+        self.closed = False
+        self.last_no = 0
+        #: The scheduler's number for it, once it is welcome.
+        self.client_id = 0
+
+
+class SimAgent:
+    def __init__(self, index: int, state: agents.AgentState) -> None:
+        self.index = index
+        self.state = state
+        self.workers: dict[int, SimWorker] = {}
+        self.peer = 0
+        #: It has ended, or was killed.
+        self.gone = False
+        self.was_killed = False
+        self.ended_early = False
+
+
+class Cluster:
+    """See above. A driver overrides `posted`, `may_step` and `expedite`."""
+
+    def __init__(self, retries: int = 0) -> None:
+        self.now = 0.0
+        self.retries = retries
+        self.scheduler = schedulers.SchedulerState()
+        self.clients: list[SimClient] = []
+        self.agents: list[SimAgent] = []
+        self.queues: dict[Key, deque[Any]] = {}
+        #: {peer: client or agent}
+        self.peers: dict[int, SimClient | SimAgent] = {}
+        self.last_peer = 0
+        self.plan: dict[tuple[int, int], Behaviour] = {}
+        self.default_behaviour = Behaviour()
+        # What really happened, by (client index, item number).
+        self.starts: Counter[tuple[int, int]] = Counter()
+        self.running: dict[tuple[int, int], tuple[int, int]] = {}
+        self.confirmed: set[tuple[int, int]] = set()
+        #: Items in progress when their worker died, or whose agent was lost.
+        self.victims: Counter[tuple[int, int]] = Counter()
+        self.an_agent_was_lost = False
+
+    # For the driver
+
+    def posted(self, key: Key) -> None:
+        """Something was put into this queue."""
+
+    def may_step(self, worker: SimWorker) -> None:
+        """This worker may have a next step."""
+
+    def expedite(self, worker: SimWorker) -> None:
+        """What this worker waits for has been cut short."""
+
+    def fork_fate(self, agent: int) -> str:
+        """Return "ready", "fails", "dies" or "no fork"."""
+        return "ready"
+
+    def is_stuck(self, worker: SimWorker) -> bool:
+        """Tell whether this worker resists a stop."""
+        return False
+
+    def note(self, *what: Any) -> None:
+        """Take part in the story of this run."""
+
+    # Set-up
+
+    def add_client(self) -> SimClient:
+        client = SimClient(len(self.clients))
+        self.clients.append(client)
+        self._join(client)
+        self.post(("up", self._peer_of(client)), Hello("client"))
+        return client
+
+    def add_agent(self, max_workers: int, **settings: Any) -> SimAgent:
+        agent = SimAgent(len(self.agents), agents.AgentState(max_workers, **settings))
+        self.agents.append(agent)
+        self._join(agent)
+        agent.peer = self.last_peer
+        self.post(("up", agent.peer), Hello("agent", name=f"agent {agent.index}"))
+        return agent
+
+    def _join(self, owner: SimClient | SimAgent) -> None:
+        self.last_peer += 1
+        self.peers[self.last_peer] = owner
+
+    def _peer_of(self, owner: SimClient | SimAgent) -> int:
+        return next(peer for peer, other in self.peers.items() if other is owner)
+
+    # Queues
+
+    def post(self, key: Key, what: Any) -> None:
+        self.queues.setdefault(key, deque()).append(what)
+        self.posted(key)
+
+    def deliver(self, key: Key) -> None:
+        """Let the first entry of a queue arrive."""
+        queue = self.queues[key]
+        what = queue.popleft()
+        if not queue:
+            del self.queues[key]
+        getattr(self, f"_on_{key[0]}")(key, what)
+
+    def _on_up(self, key: Key, message: Any) -> None:
+        """Client or agent to scheduler."""
+        self.to_scheduler(message if isinstance(message, schedulers.PeerLost) else schedulers.Received(key[1], message))
+
+    def _on_down(self, key: Key, message: Any) -> None:
+        """Scheduler to client or agent."""
+        owner = self.peers.get(key[1])
+        if isinstance(owner, SimClient):
+            self.to_client(owner, clients.Received(message))
+        elif isinstance(owner, SimAgent):
+            self.to_agent(owner, agents.Received(message))
+
+    def _on_command(self, key: Key, message: Any) -> None:
+        """Agent to forker."""
+        agent = self.agents[key[1]]
+        if isinstance(message, ForkWorker):
+            self.post(("fork", agent.index), message.worker_id)
+            return
+        worker = agent.workers.get(message.worker_id)
+        if worker is None or worker.dead:
+            return  # its exit is on the way
+        if isinstance(message, InterruptWorker):
+            worker.page[INTERRUPT] = message.seq
+            self._take_back(worker, message.seq)
+            worker.signal = True
+            self.expedite(worker)
+        elif isinstance(message, FreezeWorker):
+            if not worker.killed:
+                worker.freezes.append(message)
+                worker.frozen += 1
+                self.post(("freeze", agent.index, worker.worker_id), None)
+        elif isinstance(message, KillWorker):
+            self.kill(worker)
+
+    def _on_fork(self, key: Key, worker_id: int) -> None:
+        agent = self.agents[key[1]]
+        fate = self.fork_fate(agent.index)
+        if fate == "no fork":
+            self.post(("report", agent.index), agents.ForkFailed(worker_id, "no memory"))
+            return
+        worker = agent.workers[worker_id] = SimWorker(agent.index, worker_id, fate)
+        self.post(("report", agent.index), agents.Forked(worker_id, 1000 + worker_id))
+        self.may_step(worker)
+
+    def _on_freeze(self, key: Key, _: None) -> None:
+        """The worker stands still: look."""
+        worker = self.agents[key[1]].workers.get(key[2])
+        if worker is None or worker.dead or not worker.freezes:
+            return
+        message = worker.freezes.popleft()
+        page = worker.page
+        current, done, item = page[CURRENT], page[DONE], page[ITEM]
+        frozen = agents.Frozen(worker.worker_id, current, done, item)
+        in_progress = current if current != done else 0
+        if self.is_stuck(worker):
+            frozen.stuck = True
+        elif message.kill_seq and message.kill_seq == in_progress:
+            frozen.killed = True
+            self.post(("report", worker.agent), frozen)
+            self.kill(worker)
+            return
+        else:
+            for seq in message.revoke:
+                if seq > current:
+                    self._take_back(worker, seq)
+            if message.split_seq and message.split_seq == in_progress:
+                page[STOP] = min(page[STOP], item + 1)
+        self.post(("report", worker.agent), frozen)
+        worker.frozen -= 1
+        self.may_step(worker)
+
+    @staticmethod
+    def _take_back(worker: SimWorker, seq: int) -> None:
+        if worker.page[slot(seq)] == seq:
+            worker.page[slot(seq)] = 0
+
+    def kill(self, worker: SimWorker) -> None:
+        """Send SIGKILL. It dies when the driver says so; until then it counts as running."""
+        worker.freezes.clear()
+        if not worker.killed and worker.alive:
+            worker.killed = True
+            worker.exit_code = -9
+            self.post(("death", worker.agent, worker.worker_id), None)
+
+    def _on_death(self, key: Key, _: None) -> None:
+        worker = self.agents[key[1]].workers.get(key[2])
+        if worker is None or worker.dead:
+            return
+        if self.is_stuck(worker):
+            page = worker.page
+            self.post(
+                ("report", worker.agent),
+                agents.Frozen(worker.worker_id, page[CURRENT], page[DONE], page[ITEM], killed=True, stuck=True),
+            )
+            worker.stuck = False
+            self.post(key, None)
+            return
+        self.worker_died(worker)
+
+    def worker_died(self, worker: SimWorker) -> None:
+        """The process is gone."""
+        if worker.dead:
+            return
+        worker.dead = True
+        page = worker.page
+        if page[CURRENT] != page[DONE]:
+            self.victims[worker.client, worker.first_no + (page[ITEM] if worker.is_run else 0)] += 1
+        self.running = {
+            item: where for item, where in self.running.items() if where != (worker.agent, worker.worker_id)
+        }
+        agent = self.agents[worker.agent]
+        if not agent.gone:
+            report = DeathReport("killed", worker.exit_code, worker_id=worker.worker_id)
+            self.post(
+                ("report", worker.agent),
+                agents.Exited(worker.worker_id, page[CURRENT], page[DONE], page[ITEM], report),
+            )
+
+    def ring(self, worker: SimWorker) -> None:
+        self.post(("bell", worker.agent, worker.worker_id), None)
+
+    def _on_bell(self, key: Key, _: None) -> None:
+        agent = self.agents[key[1]]
+        if not agent.gone:
+            self.read_pipe(agent, key[2])
+
+    def read_pipe(self, agent: SimAgent, worker_id: int) -> None:
+        worker = agent.workers.get(worker_id)
+        if worker is not None and worker.pipe and worker.is_known:
+            records, worker.pipe = worker.pipe, []
+            self.to_agent(agent, agents.Records(worker_id, records))
+
+    def _on_report(self, key: Key, report: Any) -> None:
+        """Forker to agent."""
+        agent = self.agents[key[1]]
+        if agent.gone:
+            return
+        if isinstance(report, agents.Exited):
+            # A result that is in the pipe counts, whatever happened afterwards.
+            self.read_pipe(agent, report.worker_id)
+            del agent.workers[report.worker_id]
+        elif isinstance(report, agents.Forked):
+            agent.workers[report.worker_id].is_known = True
+        self.to_agent(agent, report)
+        if isinstance(report, agents.Forked):
+            self.read_pipe(agent, report.worker_id)  # it may have rung before its pipe was here
+
+    # Steps of the machines
+
+    def to_scheduler(self, event: Any) -> None:
+        self.note("scheduler", event)
+        instructions = self.scheduler.handle(event, self.now)
+        self.scheduler.check()
+        for instruction in instructions:
+            if isinstance(instruction, schedulers.Send):
+                self._sent_by_scheduler(instruction.peer, instruction.message)
+            else:
+                assert not instruction.error, f"the scheduler drops peer {instruction.peer}: {instruction.reason}"
+                self._dropped(instruction.peer)
+
+    def _dropped(self, peer: int) -> None:
+        owner = self.peers.get(peer)
+        if isinstance(owner, SimClient):
+            del self.peers[peer]
+
+    def _sent_by_scheduler(self, peer: int, message: Any) -> None:
+        self.note(f"scheduler to {peer}", message)
+        owner = self.peers.get(peer)
+        if isinstance(message, TaskCancelConfirm) and isinstance(owner, SimClient):
+            for no, _, kind, first, count, proven in message.confirms:
+                if kind == TaskCancelConfirmType.CANCELED and proven:
+                    self._check_confirmed(owner.index, no + first, count)
+        if owner is not None:
+            self.send(("down", peer), message)
+
+    def send(self, key: Key, message: Any) -> None:
+        """Send a message between machines."""
+        self.post(key, message)
+
+    def _check_confirmed(self, client: int, first: int, count: int) -> None:
+        for no in range(first, first + count):
+            assert (client, no) not in self.running, f"item {no} of client {client} is confirmed and still running"
+            self.confirmed.add((client, no))
+
+    def to_agent(self, agent: SimAgent, event: Any) -> None:
+        if agent.gone:
+            return
+        self.note(f"agent {agent.index}", event)
+        instructions = agent.state.handle(event, self.now)
+        agent.state.check()
+        self.after_agent(agent)
+        for instruction in instructions:
+            self._do_for_agent(agent, instruction)
+
+    def after_agent(self, agent: SimAgent) -> None:
+        """Look at an agent after each of its steps."""
+
+    def _do_for_agent(self, agent: SimAgent, instruction: Any) -> None:
+        self.note(f"agent {agent.index} says", instruction)
+        index = agent.index
+        if isinstance(instruction, agents.Send):
+            self.send(("up", agent.peer), instruction.message)
+        elif isinstance(instruction, agents.Start):
+            worker = agent.workers[instruction.worker_id]
+            for row in instruction.message.calls:
+                worker.page[slot(row[0])] = row[0]
+            worker.inbox.append(instruction.message)
+            self.may_step(worker)
+        elif isinstance(instruction, agents.Fork):
+            self.post(("command", index), ForkWorker(instruction.worker_id))
+        elif isinstance(instruction, agents.Interrupt):
+            self.post(("command", index), InterruptWorker(instruction.worker_id, instruction.seq))
+        elif isinstance(instruction, agents.Freeze):
+            message = FreezeWorker(
+                instruction.worker_id, instruction.kill_seq, instruction.revoke, instruction.split_seq
+            )
+            self.post(("command", index), message)
+        elif isinstance(instruction, agents.Kill):
+            self.post(("command", index), KillWorker(instruction.worker_id))
+        elif isinstance(instruction, agents.Retire):
+            worker = agent.workers[instruction.worker_id]
+            worker.hung_up = True
+            self.may_step(worker)
+        elif isinstance(instruction, agents.Look):
+            looked = agent.workers.get(instruction.worker_id)
+            if looked is not None:
+                seen = agents.Seen(looked.worker_id, looked.page[CURRENT], looked.page[DONE])
+                self.read_pipe(agent, looked.worker_id)
+                self.to_agent(agent, seen)
+        else:
+            assert isinstance(instruction, agents.Drained)
+            assert not agent.workers and not agent.state.workers
+            self.agent_drained(agent)
+
+    def agent_drained(self, agent: SimAgent) -> None:
+        pass
+
+    # Users
+
+    def submit(
+        self, client: SimClient, sizes: list[int], cancels: list[tuple[int, CancelKind]] | None = None
+    ) -> list[int]:
+        """Submit tasks of these many items, in one batch with these cancels. Return their numbers."""
+        rows = []
+        functions = []
+        for items in sizes:
+            no = client.last_no + 1
+            client.last_no += items
+            function_id = 2 if items > 1 else 1
+            rows.append((no, items, function_id, b"%d %d" % (client.index, no)))
+            client.futures[no] = SimFuture(items)
+        if client.last_no == sum(sizes):
+            options = Options(retries=self.retries)
+            functions = [Function(1, "one", b"", options=options), Function(2, "run", b"", options=options)]
+        self.to_client(client, clients.Batch(rows, functions, [], cancels or []))
+        return [row[0] for row in rows]
+
+    def cancel(self, client: SimClient, cancels: list[tuple[int, CancelKind]]) -> None:
+        for no, _ in cancels:
+            client.futures[no].cancel_open = True
+        self.to_client(client, clients.Batch([], [], [], cancels))
+
+    def to_client(self, client: SimClient, event: Any) -> None:
+        if client.gone:
+            return
+        self.note(f"client {client.index}", event)
+        instructions = client.state.handle(event, self.now)
+        client.state.check()
+        for instruction in instructions:
+            self._do_for_client(client, instruction)
+
+    def _do_for_client(self, client: SimClient, instruction: Any) -> None:
+        self.note(f"client {client.index} says", instruction)
+        futures = client.futures
+        if isinstance(instruction, clients.Send):
+            peer = self._peer_of(client)
+            self.send(("up", peer), instruction.message)
+        elif isinstance(instruction, clients.Deliver):
+            for no, first, count, kind, payload in instruction.results:
+                self._check_result(client, no + first, count, kind, payload)
+                for item in range(first, first + count):
+                    futures[no].settle(no, item, ResultKind(kind).name)
+        elif isinstance(instruction, clients.Cancelled):
+            for no, first, count, cause in instruction.items:
+                outcomes = futures[no].outcomes
+                items = range(first, first + count)
+                open_items = [item for item, outcome in enumerate(outcomes) if outcome is None]
+                for item in open_items if first == REST else items:
+                    futures[no].settle(no, item, cause)
+        elif isinstance(instruction, clients.CancelRefused):
+            for no in instruction.tasks:
+                assert futures[no].cancel_open, f"task {no}: refused what nobody asked"
+                futures[no].cancel_open = False
+        elif isinstance(instruction, clients.Lost):
+            for no in instruction.tasks:
+                for item, outcome in enumerate(futures[no].outcomes):
+                    if outcome is None:
+                        futures[no].settle(no, item, "LOST")
+        elif isinstance(instruction, clients.Finished):
+            for no in instruction.tasks:
+                assert futures[no].settled, f"task {no} is finished with {futures[no].outcomes}"
+                assert not futures[no].finished
+                futures[no].finished = True
+        elif isinstance(instruction, clients.Closed):
+            client.closed = True
+        else:
+            assert isinstance(instruction, (clients.Running, clients.Broken))
+
+    def _check_result(self, client: SimClient, first_no: int, count: int, kind: int, payload: bytes) -> None:
+        items = [(client.index, no) for no in range(first_no, first_no + count)]
+        if kind in (ResultKind.VALUE, ResultKind.ERROR):
+            assert payload == b"".join(value_of(no) for _, no in items), f"items {items} got {payload!r}"
+            assert all(self.starts[item] for item in items), f"results of {items}, not all of which started"
+            assert all((self.behaviour(*item).ending == "error") == (kind == ResultKind.ERROR) for item in items)
+        elif kind == ResultKind.DIED:
+            innocent = [item for item in items if self.victims[item] <= self.retries]
+            assert not innocent or self.an_agent_was_lost, f"{innocent} are blamed for deaths that were not theirs"
+
+    # What workers do
+
+    def behaviour(self, client: int, no: int) -> Behaviour:
+        return self.plan.get((client, no), self.default_behaviour)
+
+    def item_starts(self, worker: SimWorker) -> None:
+        item = worker.current_item()
+        self.note(f"worker {worker.worker_id} of agent {worker.agent}", "starts", item)
+        assert item not in self.running, f"{item} runs twice at the same time"
+        assert item not in self.confirmed, f"{item} started after its cancel was confirmed"
+        self.starts[item] += 1
+        assert self.starts[item] <= 1 + self.retries, f"{item} started {self.starts[item]} times"
+        self.running[item] = (worker.agent, worker.worker_id)
+
+    def item_ends(self, worker: SimWorker) -> None:
+        del self.running[worker.current_item()]
+
+    def step(self, worker: SimWorker) -> None:
+        worker.step(self)
+        self.may_step(worker)
+
+    # Faults
+
+    def lose_client(self, client: SimClient) -> None:
+        """A client dies."""
+        client.gone = True
+        peer = self._peer_of(client)
+        self.queues.pop(("down", peer), None)
+        self.peers.pop(peer)
+        self.post(("up", peer), schedulers.PeerLost(peer, "died", stopped=True))
+
+    def lose_agent(self, agent: SimAgent, stopped: bool) -> None:
+        """An agent's process dies, and with it its forker and workers."""
+        agent.gone = agent.was_killed = True
+        self.an_agent_was_lost = True
+        for worker in agent.workers.values():
+            self.worker_died(worker)
+        for key in list(self.queues):
+            if key[0] in ("command", "fork", "freeze", "death", "bell", "report") and key[1] == agent.index:
+                del self.queues[key]
+        self.peers.pop(agent.peer, None)
+        self.queues.pop(("down", agent.peer), None)
+        self.post(("up", agent.peer), schedulers.PeerLost(agent.peer, "died", stopped))
+
+    # The end
+
+    def check_over(self) -> None:
+        """Assert that nothing is left, anywhere."""
+        for client in self.clients:
+            if client.gone:
+                continue
+            for no, future in client.futures.items():
+                assert future.settled, f"task {no} of client {client.index}: {future.outcomes}"
+            assert client.state.outstanding == 0 and client.closed
+        state = self.scheduler
+        assert state.outstanding == 0
+        left = (state._peers, state._leaving, state._fences, list(state._ready), state._agents)
+        assert not any(left), left
+        for agent in self.agents:
+            if agent.was_killed:
+                continue
+            inner = agent.state
+            assert inner.outstanding == 0 and not inner.workers and not agent.workers
+            if agent.ended_early:
+                continue  # clients may have outlived it
+            rest = (inner._functions, inner._broken, inner._gone_clients, inner._stopping, inner._to_freeze)
+            assert not any(rest), rest
+            assert not inner._old_workers and not inner._start_failures and not inner._crew.next_queued()
+        assert not self.running
+
+
+__all__ = ["CLIENT_ID_SHIFT", "Behaviour", "Bye", "Cluster", "SimAgent", "SimClient", "SimFuture"]

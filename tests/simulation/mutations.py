@@ -1,0 +1,347 @@
+"""Ways of breaking the machines and the worker, one at a time: each must be noticed by the pure tests or by the
+simulator.
+
+`python -m tests.simulation.mutations` prints what caught each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scaler_executor.protocol import agent, client, scheduler
+from scaler_executor.protocol.agent import AgentState
+from scaler_executor.protocol.client import ClientState
+from scaler_executor.protocol.machine import ignore
+from scaler_executor.protocol.page import CURRENT, DONE, slot
+from scaler_executor.protocol.scheduler import SchedulerState
+
+from .cluster import Cluster
+from .random_runs import Run
+from .worker import SimWorker
+
+MAX_SEEDS = 600
+PURE_TESTS = ("test_scheduler", "test_agent", "test_client")
+
+#: (where, name or key, what stands there instead)
+Change = tuple[Any, Any, Any]
+
+
+def cells(table: dict[str, dict[str, Any]], event: str, cell: Any, *states: str) -> list[Change]:
+    return [(table[state], event, cell) for state in states]
+
+
+def drop_the_crossing_result() -> list[Change]:
+    """The scheduler drops a result that crosses a cancel."""
+    return cells(scheduler.TABLE, "RESULT", ignore, "CANCELING")
+
+
+def requeue_while_cancelling() -> list[Change]:
+    """The scheduler makes an attempt of a call that dies while it is being cancelled."""
+    return cells(scheduler.TABLE, "DIED", SchedulerState._retry_or_fail, "CANCELING")
+
+
+def requeue_what_is_returned_while_cancelling() -> list[Change]:
+    """The scheduler queues what an agent hands back though it is being cancelled."""
+    return cells(scheduler.TABLE, "RETURNED", SchedulerState._returned, "CANCELING")
+
+
+def obey_older_cancel_failed() -> list[Change]:
+    """The scheduler takes the CancelFailed of an older request for that of the newest."""
+    original = SchedulerState._confirm
+
+    def confirm(self: Any, task: Any, cancel_no: int, kind: int, at: int) -> None:
+        original(self, task, task.agent_cancel_no if kind == scheduler.FAILED else cancel_no, kind, at)
+
+    return [(SchedulerState, "_confirm", confirm)]
+
+
+def client_obeys_older_cancel_failed() -> list[Change]:
+    """The client takes the CancelFailed of an older request for that of the newest."""
+    original = ClientState._confirms
+
+    def confirms(self: Any, message: Any) -> None:
+        known = self._tasks
+        message.confirms = [(r[0], known[r[0]].cancel_no if r[0] in known else r[1], *r[2:]) for r in message.confirms]
+        original(self, message)
+
+    return [(ClientState, "_confirms", confirms)]
+
+
+def confirm_before_the_process_is_gone() -> list[Change]:
+    """The agent confirms when the process group has been sent SIGKILL."""
+    return cells(agent.TABLE, "KILLED", AgentState._stopped, "FREEZING")
+
+
+def confirm_at_the_interrupt() -> list[Change]:
+    """The agent confirms when it interrupts."""
+    original = AgentState._stop
+
+    def stop(self: Any, call: Any) -> None:
+        original(self, call)
+        self._stopped(call)
+
+    return [(AgentState, "_stop", stop)]
+
+
+def look_before_claim() -> list[Change]:
+    """The worker looks whether a call is allowed, and then claims it."""
+
+    def claim(self: Any, cluster: Any) -> None:
+        self.allowed = self.page[slot(self.seq)] == self.seq
+        self.pc = "look"
+
+    def look(self: Any, cluster: Any) -> None:
+        self.armed = self.seq
+        self.page[CURRENT] = self.seq
+        if not self.allowed:
+            self.armed = 0
+            self.pc = "write_skipped"
+        elif self.is_run:
+            self.pc = "claim_item"
+        else:
+            self._run_item(cluster)
+
+    return [(SimWorker, "_claim", claim), (SimWorker, "_look", look)]
+
+
+def forget_to_pump_after_a_requeue() -> list[Change]:
+    """The scheduler queues a task again and gives it to nobody."""
+    original = SchedulerState._requeue
+
+    def requeue(self: Any, task: Any, new_attempt: bool = False) -> None:
+        ready = self._is_ready
+        self._is_ready = lambda client: None
+        try:
+            original(self, task, new_attempt)
+        finally:
+            self._is_ready = ready
+
+    return [(SchedulerState, "_requeue", requeue)]
+
+
+def count_attempts_twice() -> list[Change]:
+    """The scheduler takes two retries for a death."""
+    original = SchedulerState._retry_or_fail
+
+    def retry_or_fail(self: Any, task: Any, report: Any) -> None:
+        task.deaths += 1
+        original(self, task, report)
+
+    changes = cells(scheduler.TABLE, "DIED", retry_or_fail, "ASSIGNED", "RECALLING")
+    return [*changes, (SchedulerState, "_retry_or_fail", retry_or_fail)]
+
+
+def start_agent_lost_call_at_once() -> list[Change]:
+    """The scheduler starts the calls of an agent that is out of reach elsewhere, at once and whatever the retries."""
+
+    def lost(self: Any, task: Any, fenced: Any, stopped: bool) -> None:
+        task.state, task.agent_cancel_no = "ASSIGNED", 0
+        self._requeue(task, new_attempt=True)
+
+    return cells(scheduler.TABLE, "AGENT_LOST", lost, "ASSIGNED", "RECALLING")
+
+
+def no_fence() -> list[Change]:
+    """The scheduler retries the calls of an agent that is out of reach without waiting until it has stopped them."""
+
+    def fence(self: Any, task: Any, fenced: Any) -> None:
+        self._retry_or_fail(task, scheduler.DeathReport("out of reach"))
+
+    return [(SchedulerState, "_fence", fence)]
+
+
+def agent_does_not_stop_at_the_fence() -> list[Change]:
+    """An agent that is cut off runs on."""
+    return [(AgentState, "_stop_everything", lambda self: None)]
+
+
+def obey_the_recall_after_the_users_cancel() -> list[Change]:
+    """The scheduler takes the recall's Canceled for a requeue though the user has cancelled meanwhile."""
+
+    def cancelled(self: Any, task: Any, at: int, is_newest: bool) -> None:
+        (SchedulerState._cancelled if is_newest else SchedulerState._came_back)(self, task, at, is_newest)
+
+    return cells(scheduler.TABLE, "CANCELED", cancelled, "CANCELING")
+
+
+def requeue_the_call_in_progress() -> list[Change]:
+    """The agent queues the call again that its worker died in."""
+    return cells(agent.TABLE, "EXITED_IN_PROGRESS", AgentState._not_started, "HELD", "RUNNING", "RECALLING")
+
+
+def blame_the_call_behind() -> list[Change]:
+    """The agent blames a call that the dead worker had not come to."""
+
+    def died(self: Any, call: Any, report: Any) -> None:
+        self._died(call, report)
+
+    return cells(agent.TABLE, "EXITED_NOT_STARTED", died, "HELD")
+
+
+def done_before_the_result() -> list[Change]:
+    """The worker says Done and then writes the result."""
+    original = SimWorker._write
+
+    def write(self: Any, cluster: Any) -> None:
+        if self.page[DONE] != self.seq and not self.is_run:
+            self.page[DONE] = self.seq  # and comes back here
+        else:
+            original(self, cluster)
+
+    return [(SimWorker, "_write", write)]
+
+
+def soft_over_recall_is_not_answered() -> list[Change]:
+    """The scheduler takes the CancelFailed of a soft cancel that took over a recall for the recall's own."""
+
+    def runs_on(self: Any, task: Any) -> None:
+        task.user_cancel_no = 0
+        self._runs_on(task)
+
+    return cells(scheduler.TABLE, "FAILED", runs_on, "CANCELING")
+
+
+def soft_over_recall_is_answered_twice() -> list[Change]:
+    """The scheduler fails a soft cancel over a recall at once, and forwards the recall's answer as well."""
+
+    def over_recall(self: Any, task: Any, cancel_no: int, kind: Any) -> None:
+        if kind is scheduler.CancelKind.SOFT:
+            self._answer(task, cancel_no, scheduler.FAILED)
+        SchedulerState._over_recall(self, task, cancel_no, kind)
+
+    return cells(scheduler.TABLE, "CANCEL", over_recall, "RECALLING")
+
+
+def forget_the_partial_answer() -> list[Change]:
+    """The scheduler takes a partial answer to a soft cancel for the end of the forced one that overtook it."""
+
+    def cancelled(self: Any, task: Any, at: int, is_newest: bool) -> None:
+        SchedulerState._cancelled(self, task, at, True)
+
+    return cells(scheduler.TABLE, "CANCELED", cancelled, "CANCELING")
+
+
+def read_the_pipe_after_deciding() -> list[Change]:
+    """A death is judged before the dead worker's pipe has been read."""
+
+    def on_report(self: Any, key: Any, report: Any) -> None:
+        owner = self.agents[key[1]]
+        if isinstance(report, agent.Exited) and not owner.gone:
+            owner.workers[report.worker_id].pipe.clear()
+        original(self, key, report)
+
+    original = Cluster._on_report
+    return [(Cluster, "_on_report", on_report)]
+
+
+def no_recall_from_busy_workers() -> list[Change]:
+    """The agent leaves calls behind a long one though others are idle."""
+    return [(AgentState, "_recall", lambda self, worker: 0)]
+
+
+MUTATIONS: list[Callable[[], list[Change]]] = [
+    drop_the_crossing_result,
+    requeue_while_cancelling,
+    requeue_what_is_returned_while_cancelling,
+    obey_older_cancel_failed,
+    client_obeys_older_cancel_failed,
+    confirm_before_the_process_is_gone,
+    confirm_at_the_interrupt,
+    look_before_claim,
+    forget_to_pump_after_a_requeue,
+    count_attempts_twice,
+    start_agent_lost_call_at_once,
+    no_fence,
+    agent_does_not_stop_at_the_fence,
+    obey_the_recall_after_the_users_cancel,
+    requeue_the_call_in_progress,
+    blame_the_call_behind,
+    done_before_the_result,
+    soft_over_recall_is_not_answered,
+    soft_over_recall_is_answered_twice,
+    forget_the_partial_answer,
+    read_the_pipe_after_deciding,
+    no_recall_from_busy_workers,
+]
+
+
+@contextmanager
+def mutated(mutation: Callable[[], list[Change]]) -> Iterator[None]:
+    """Have the machines broken in one way."""
+    undo: list[Change] = []
+    for where, name, new in mutation():
+        if isinstance(where, dict):
+            undo.append((where, name, where[name]))
+            where[name] = new
+        else:
+            undo.append((where, name, vars(where)[name]))
+            setattr(where, name, new)
+    try:
+        yield
+    finally:
+        for where, name, old in undo:
+            if isinstance(where, dict):
+                where[name] = old
+            else:
+                setattr(where, name, old)
+
+
+def pure_tests() -> list[tuple[str, Callable[[], Any]]]:
+    """Return the tests of the tables, those with parameters once for each."""
+    tests = []
+    for name in PURE_TESTS:
+        path = Path(__file__).parent.parent / "protocol" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"pure_{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for test_name, test in vars(module).items():
+            if test_name.startswith("test_"):
+                marks = [mark.args for mark in getattr(test, "pytestmark", [])]
+                names = [argument_name for argument_name, *_ in marks]
+                for values in itertools.product(*(given for _, given, *_ in marks)):
+                    call = functools.partial(test, **dict(zip(names, values, strict=True)))
+                    tests.append((f"{name}.{test_name}", call))
+    return tests
+
+
+def caught_by_pure_tests(tests: list[tuple[str, Callable[[], Any]]]) -> str | None:
+    """Return the first pure test that fails, or None."""
+    for name, test in tests:
+        try:
+            test()
+        except Exception:
+            return name
+    return None
+
+
+def caught_by_simulation(max_seeds: int = MAX_SEEDS) -> int | None:
+    """Return the first seed that fails, or None."""
+    for seed in range(max_seeds):
+        try:
+            Run(seed).run()
+        except AssertionError:
+            return seed
+    return None
+
+
+def main() -> int:
+    tests = pure_tests()
+    missed = 0
+    for mutation in MUTATIONS:
+        with mutated(mutation):
+            pure, seed = caught_by_pure_tests(tests), caught_by_simulation(2000)
+        missed += pure is None and seed is None
+        print(f"{mutation.__name__:45} {pure or '-':75} {'-' if seed is None else f'seed {seed}'}", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
