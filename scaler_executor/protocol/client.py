@@ -21,6 +21,7 @@ from scaler_executor.protocol.messages import (
     CancelKind,
     ClientResultRow,
     Function,
+    InheritanceLost,
     Message,
     Output,
     Refused,
@@ -132,11 +133,19 @@ class Broken(msgspec.Struct):
     reason: str
 
 
+class Disinherited(msgspec.Struct):
+    """Functions and classes of `__main__` must be pickled by value from now on."""
+
+    reason: str
+
+
 class Closed(msgspec.Struct):
     """Bye has been said: nothing more will happen."""
 
 
-Instruction: TypeAlias = Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Broken | Closed
+Instruction: TypeAlias = (
+    Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Broken | Disinherited | Closed
+)
 
 
 class ClientTask:
@@ -312,6 +321,8 @@ class ClientState:
             self._confirms(message)
         elif isinstance(message, TaskRunning):
             self._out.append(Running([no for no in message.tasks if no in self._tasks]))
+        elif isinstance(message, InheritanceLost):
+            self._out.append(Disinherited(message.reason))
         elif isinstance(message, WorkersBroken):
             self._out.append(Broken(message.reason))
         elif isinstance(message, Welcome):

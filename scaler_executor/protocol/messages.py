@@ -303,6 +303,13 @@ class Output(Message, tag=21):
     text: bytes
 
 
+class InheritanceLost(Message, tag=23):
+    """Agent to scheduler to its clients: workers no longer inherit the client's process, so nothing of its `__main__`
+    is there by name."""
+
+    reason: str
+
+
 class WorkerRun(Message, tag=22):
     """Agent to worker: calls of one function, to be made in this order."""
 
@@ -391,7 +398,9 @@ class WorkerExited(Message, tag=38):
 
 
 ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel
-ToClientMessage: TypeAlias = Welcome | Refused | TaskResult | TaskCancelConfirm | TaskRunning | WorkersBroken | Output
+ToClientMessage: TypeAlias = (
+    Welcome | Refused | TaskResult | TaskCancelConfirm | TaskRunning | WorkersBroken | InheritanceLost | Output
+)
 AgentMessage: TypeAlias = (
     Hello
     | Bye
@@ -403,6 +412,7 @@ AgentMessage: TypeAlias = (
     | TaskReturned
     | AgentCapacity
     | WorkersBroken
+    | InheritanceLost
     | Blocked
     | Unblocked
     | Output

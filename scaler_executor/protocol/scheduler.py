@@ -41,6 +41,7 @@ from scaler_executor.protocol.messages import (
     DeathReport,
     Function,
     Hello,
+    InheritanceLost,
     Message,
     Refused,
     ResultKind,
@@ -473,6 +474,8 @@ class SchedulerState:
                     self._touched[task.client] = None
         elif isinstance(message, AgentCapacity):
             agent.capacity, agent.workers = message.tasks, message.workers
+        elif isinstance(message, InheritanceLost):
+            self._out += [Send(peer.peer, message) for peer in self._peers.values() if isinstance(peer, Client)]
         elif isinstance(message, WorkersBroken):
             agent.broken_for.add(message.client_id)
             for client in list(self._peers.values()):

@@ -106,6 +106,11 @@ class CallPickler:
         #: The pickler class for the second attempt; made when first needed, since it imports cloudpickle.
         self._by_value_pickler: Any = None
 
+    def forget_baseline(self) -> None:
+        """From now on nothing of `__main__` is found by name."""
+        self._main = MainByBaseline(None)
+        self._by_value_pickler = None
+
     def dumps(self, value: Any) -> Payload:
         """Return the payload of any value.
 

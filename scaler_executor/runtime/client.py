@@ -42,6 +42,7 @@ from scaler_executor.protocol.client import (
     CloseAsked,
     Closed,
     Deliver,
+    Disinherited,
     Event,
     Finished,
     Instruction,
@@ -65,6 +66,7 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
     Welcome,
 )
+from scaler_executor.runtime import log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
 from scaler_executor.runtime.platform import Bell
@@ -602,6 +604,8 @@ class ClientFutureManager:
                 self._on_lost(instruction.tasks, instruction.reason)
             elif isinstance(instruction, Broken):
                 self._on_broken(instruction.reason)
+            elif isinstance(instruction, Disinherited):
+                self._on_disinherited(instruction.reason)
             elif isinstance(instruction, Closed):
                 self._is_closed = True
             else:
@@ -653,6 +657,14 @@ class ClientFutureManager:
 
     def _on_broken(self, reason: str) -> None:
         self._refuse(lambda: _make_start_error(reason))
+
+    def _on_disinherited(self, reason: str) -> None:
+        self.pickler.forget_baseline()
+        with self._lock:
+            forgotten = self._functions.forget_main()
+            self._batch.forget += forgotten
+            self._live_functions.difference_update(forgotten)
+        log.warn("client", "%s; functions and classes of __main__ are sent by value from now on", reason)
 
     # Sending
 

@@ -147,19 +147,31 @@ class FunctionTable:
         entry.was_used = False  # it was True for the eviction, which thus could not take it
         return self._last_id, Function(self._last_id, name, blob, int(style)), forgotten  # type: ignore[arg-type]
 
+    def forget_main(self) -> list[int]:
+        """Forget the functions of `__main__` that are known by name. Return their ids."""
+        evicted = []
+        for key, entry in list(self._entries.items()):
+            if entry.function is not None and entry.function.__module__ == "__main__":
+                evicted.append(self._drop(key))
+        return evicted
+
+    def _drop(self, key: Any) -> int:
+        entry = self._entries.pop(key)
+        entry.is_known = False
+        if entry.function is not None:
+            self._calls.pop(id(entry.function), None)
+        self._total_bytes -= entry.size_bytes
+        return entry.function_id
+
     def _evict(self) -> list[int]:
         """Forget functions beyond the limits, those that were not used since the last time first. Return their ids."""
         evicted = []
         entries = self._entries
         while len(entries) > self._max_functions or (self._total_bytes > self._max_bytes and len(entries) > 1):
-            key, entry = entries.popitem(last=False)
+            key, entry = next(iter(entries.items()))
             if entry.was_used:
                 entry.was_used = False
-                entries[key] = entry  # the newest is the last to come by a second time
-                continue
-            entry.is_known = False
-            if entry.function is not None:
-                self._calls.pop(id(entry.function), None)
-            self._total_bytes -= entry.size_bytes
-            evicted.append(entry.function_id)
+                entries.move_to_end(key)  # the newest is the last to come by a second time
+            else:
+                evicted.append(self._drop(key))
         return evicted

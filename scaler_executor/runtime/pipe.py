@@ -177,7 +177,8 @@ class WorkerResults:
     def take_range(self) -> list[Record]:
         """Return the values that stand in the range buffer and were not taken from there before.
 
-        The worker may be alive: what it changes meanwhile is left for later. Read the pipe first, for these come behind.
+        The worker may be alive: what it changes meanwhile is left for later. Read the pipe first, for these come
+        behind.
         """
         page = self._page
         before = page[RANGE_SEQ], page[RANGE_FIRST], page[PENDING]

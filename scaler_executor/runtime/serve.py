@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
-from scaler_executor.protocol.messages import ClientMessage, Hello, Message
+from scaler_executor.protocol.messages import ClientMessage, Hello, InheritanceLost, Message
 from scaler_executor.runtime import log
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
@@ -173,7 +173,11 @@ class Server:
         self._agent.drain()
 
     def _restart_forker(self) -> socket.socket | None:
-        return _start_forker(self._config)
+        control = _start_forker(self._config)
+        if control is not None and self._config["start_method"] == "fork":
+            reason = "the process that forks workers was lost, and with it what workers inherited"
+            self._to_scheduler.append(InheritanceLost(reason))
+        return control
 
 
 def _start_forker(config: dict[str, Any]) -> socket.socket | None:

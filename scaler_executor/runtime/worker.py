@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, Final, NoReturn
 
 from scaler_executor.errors import TaskInterrupted
@@ -154,7 +154,6 @@ class Worker:
             body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
             self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
             self._ring()
-            _flush_streams()
             os._exit(1)
         self._exit_if_fork(None)
         _flush_streams()
@@ -278,10 +277,9 @@ class Worker:
             if self._is_fork:
                 self._exit_if_fork(error)
             body = self._dumps_small(value) if error is None else None
-            if body is None or used + len(body) > RANGE_BYTES:
-                if count:
-                    self._write_range(seq, count, used, b"")
-                    count = used = 0
+            if count and (body is None or used + len(body) > RANGE_BYTES):
+                self._write_range(seq, count, used, b"")
+                count = used = 0
             if body is None:
                 self._report(seq, item, RECORD_VALUE, value, error, is_last and item + 1 >= page[STOP])
             else:
@@ -324,7 +322,6 @@ class Worker:
 
     def _write_range(self, seq: int, count: int, used: int, behind: bytes) -> None:
         """Write what stands in the range buffer into the pipe, and `behind` after it."""
-        _flush_streams()
         head = _pack(4 + used, seq, self._page[RANGE_FIRST], 0, RECORD_VALUES) + count.to_bytes(4, "little")
         self._write(head + bytes(self._range_buffer[:used]) + behind)
         self._page[PENDING] = 0
@@ -395,7 +392,6 @@ class Worker:
             except BaseException as refused:
                 kind = RECORD_ERROR
                 body = dumps_exception(self._pickler, refused)
-        _flush_streams()
         if type(body) is bytes:
             record = _pack(len(body), seq, item, 0, kind) + body
             if ends_batch:
@@ -442,6 +438,8 @@ class Worker:
                 _exit()
 
     def _ring(self) -> None:
+        """Announce the results, what was printed first."""
+        _flush_streams()
         self._page[RANG] = 1
         self._bell.ring()
         self._rang_at = perf_counter()
@@ -540,6 +538,8 @@ def _take_over_process(config: WorkerConfig) -> None:
         util._run_after_forkers()
     if config.sys_path is not None:
         sys.path[:] = config.sys_path
+        # A fresh interpreter's __main__ is ours: nothing in it may be taken for the user's.
+        sys.modules["__main__"] = ModuleType("__main__")
     if config.argv is not None:
         sys.argv[:] = config.argv
     if config.cwd is not None:
