@@ -11,7 +11,7 @@ RECALLING      a freeze is to tell whether it has started; if not it is taken ba
 STOPPING_SOFT  its worker has been interrupted; it may unwind until the grace time is over
 FREEZING       its worker is being frozen, and killed if it is still in this call
 KILLING        its process group has been killed; confirmed when it is gone
-UNWOUND        its code has unwound, and what it left in its process group is being killed; confirmed when it is gone
+UNWOUND        its code has unwound and its worker is exiting; confirmed when what it left in its process group is gone
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ class AgentState:
         self._fence_at: float | None = None
         #: That time is over: nothing is started until the scheduler is back.
         self._fenced = False
-        #: Calls in STOPPING_SOFT, for their deadlines.
+        #: Calls in STOPPING_SOFT and those that have unwound since, for their deadlines.
         self._stopping: dict[int, Call] = {}
         #: Workers with calls in RECALLING or FREEZING about which no freeze has been sent.
         self._to_freeze: dict[int, Worker] = {}
@@ -368,7 +368,8 @@ class AgentState:
             assert call.worker is None or call in call.worker.held, task_id
             assert call.worker is None or call.worker.worker_id in crew.workers
             assert call.state != "QUEUED" or (id(call) in waiting and not call.cancel_no)
-            assert (call.state == "STOPPING_SOFT") == (task_id in self._stopping), (task_id, call.state)
+            is_stopping = task_id in self._stopping
+            assert is_stopping if call.state == "STOPPING_SOFT" else call.state == "UNWOUND" or not is_stopping, task_id
             if call.state in ("RECALLING", "FREEZING"):
                 worker = call.worker
                 assert worker is not None
@@ -831,11 +832,14 @@ class AgentState:
         call.state = "KILLING"
 
     def _unwound(self, call: Call) -> None:
-        """Its code has stopped, but a subprocess of it may run on: that goes with the worker's group."""
+        # Its code has stopped, but a subprocess of it may run on: that goes with the group of the worker, which exits by
+        # itself. The grace time goes on, for its finalizers may hang.
+        call.state = "UNWOUND"
+
+    def _kill_unwound(self, call: Call) -> None:
         worker = call.worker
         assert worker is not None
-        self._stopping.pop(call.task_id, None)
-        call.state = "UNWOUND"
+        del self._stopping[call.task_id]
         worker.killed = True
         self._out.append(Kill(worker.worker_id))
 
@@ -873,7 +877,7 @@ class AgentState:
         # It was interrupted, and then a freeze found it over, or it could not be frozen and its cancel was refused. It
         # has started and has no result: without a cancel that this answers, that is a death.
         if call.cancel_no:
-            self._stopped(call)
+            self._unwound(call)
         else:
             self._died(call, DeathReport(reason="it stopped after its cancel had been refused"))
 
@@ -932,8 +936,7 @@ class AgentState:
 
     def _release(self, call: Call) -> None:
         """Take a call out of its worker's hands."""
-        if call.state == "STOPPING_SOFT":
-            del self._stopping[call.task_id]
+        self._stopping.pop(call.task_id, None)
         assert call.worker is not None
         call.worker.held.remove(call)
         call.worker, call.seq = None, 0
@@ -1332,7 +1335,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "KILLED": ignore,
         # The code has stopped; what does not die of its group is out of anybody's hands.
         "STUCK": _A._stopped,
-        "GRACE_DUE": forbidden,
+        "GRACE_DUE": _A._kill_unwound,
         "EXITED_IN_PROGRESS": _A._stopped,
         "EXITED_NOT_STARTED": _A._stopped,
     },

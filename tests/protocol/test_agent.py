@@ -380,10 +380,42 @@ def test_soft_cancel_running():
 
 
 def test_forced_cancel_running():
-    """A running call is interrupted, unwinds, and only then is confirmed; its worker is not used again."""
+    """A running call is interrupted and unwinds; it is confirmed when its worker and all that it started are gone."""
     state = running()
     assert state.cancel(1, 7) == [Interrupt(1, 2), Fork(2)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Retire(1), confirm(1, 7)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.on(exited(2, 2)) == [confirm(1, 7)]
+
+
+def test_unwound_before_it_is_done():
+    """The worker may be killed before its page says that the call is over: it is confirmed all the same."""
+    state = running()
+    state.cancel(1, 7)
+    state.records((RECORD_UNWOUND, 2, 0, b""))
+    assert state.on(exited(2, 1)) == [confirm(1, 7)]
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [Frozen(1, 2, 1, 0), Frozen(1, 2, 2, 0), Frozen(1, 2, 1, 0, killed=True)],
+    ids=["running", "over", "killed"],
+)
+def test_unwound_while_it_is_frozen(frozen):
+    """The answer of a freeze that was under way changes nothing."""
+    state = running(cancel_grace_s=0.5)
+    state.cancel(1, 7)
+    assert state.tick(0.5) == [Freeze(1, 2, [2], 0)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.on(frozen) == []
+    assert state.on(exited(2, 2)) == [confirm(1, 7)]
+
+
+def test_unwound_and_something_survives():
+    """What an unwound call left and does not even die of SIGKILL is not waited for."""
+    state = running()
+    state.cancel(1, 7)
+    state.records((RECORD_UNWOUND, 2, 0, b""))
+    assert state.on(Frozen(1, 2, 2, 0, killed=True, stuck=True)) == [Retire(1), confirm(1, 7)]
     assert state.on(exited(2, 2)) == []
 
 
@@ -429,12 +461,13 @@ def test_stopping_call_ends_before_the_freeze():
 
 
 def test_unwound_overtaken_by_the_freeze():
-    """A call that unwound before the freeze found it over is confirmed by its record."""
+    """A call that unwound before the freeze found it over is stopped by its record, as any that unwinds."""
     state = running(cancel_grace_s=0.5)
     state.cancel(1, 7)
     state.tick(0.5)
     assert state.on(Frozen(1, 2, 2, 0)) == []
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Retire(1), confirm(1, 7)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.on(exited(2, 2)) == [confirm(1, 7)]
 
 
 def test_result_in_the_pipe_of_a_killed_worker():
@@ -458,7 +491,7 @@ def test_interrupted_worker_frees_what_it_holds():
     state = two_held()
     state.on(Seen(1, 2, 1))
     assert state.cancel(1, 7) == [Interrupt(1, 2), Fork(2)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Retire(1), confirm(1, 7)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
     assert state.start_worker(2) == [start((1, 1, 0, 2), worker=2)]
 
 
@@ -467,7 +500,8 @@ def test_repeated_cancels():
     state = running()
     state.cancel(1, 7)
     assert state.cancel(1, 8) == []
-    assert state.records((RECORD_UNWOUND, 2, 0, b""))[-1] == confirm(1, 8)
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.on(exited(2, 2)) == [confirm(1, 8)]
 
 
 def test_forced_over_the_agents_own_recall():
@@ -642,7 +676,8 @@ def test_forced_overtakes_soft_on_a_run():
     assert state.cancel(1, 8) == []
     out = state.on(Frozen(1, 2, 1, 1))
     assert out == [Interrupt(1, 2), split(1, 2), confirm(3, 8), Fork(2)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b""))[-1] == confirm(1, 8)
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.on(exited(2, 2)) == [confirm(1, 8)]
 
 
 def test_interrupted_run():
@@ -650,7 +685,8 @@ def test_interrupted_run():
     state = running(items=4)
     state.cancel(1, 7)
     out = state.records(value(2, 0), (RECORD_UNWOUND, 2, 1, b""))
-    assert out == [Retire(1), result(1), confirm(1, 7, at=1)]
+    assert out == [Kill(1), result(1)]
+    assert state.on(exited(2, 2)) == [confirm(1, 7, at=1)]
 
 
 # Workers that break the rules
