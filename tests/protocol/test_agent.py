@@ -383,7 +383,16 @@ def test_forced_cancel_running():
     """A running call is interrupted and unwinds; it is confirmed when its worker and all that it started are gone."""
     state = running()
     assert state.cancel(1, 7) == [Interrupt(1, 2), Fork(2)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
+    assert state.on(exited(2, 2)) == [confirm(1, 7)]
+
+
+def test_unwound_worker_that_does_not_exit():
+    """A worker whose finalizers hang after its call has unwound is killed when the grace time is over."""
+    state = running(cancel_grace_s=0.5)
+    state.cancel(1, 7)
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
+    assert state.tick(0.5) == [Kill(1)]
     assert state.on(exited(2, 2)) == [confirm(1, 7)]
 
 
@@ -405,7 +414,7 @@ def test_unwound_while_it_is_frozen(frozen):
     state = running(cancel_grace_s=0.5)
     state.cancel(1, 7)
     assert state.tick(0.5) == [Freeze(1, 2, [2], 0)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
     assert state.on(frozen) == []
     assert state.on(exited(2, 2)) == [confirm(1, 7)]
 
@@ -466,7 +475,7 @@ def test_unwound_overtaken_by_the_freeze():
     state.cancel(1, 7)
     state.tick(0.5)
     assert state.on(Frozen(1, 2, 2, 0)) == []
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
     assert state.on(exited(2, 2)) == [confirm(1, 7)]
 
 
@@ -491,7 +500,7 @@ def test_interrupted_worker_frees_what_it_holds():
     state = two_held()
     state.on(Seen(1, 2, 1))
     assert state.cancel(1, 7) == [Interrupt(1, 2), Fork(2)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
     assert state.start_worker(2) == [start((1, 1, 0, 2), worker=2)]
 
 
@@ -500,7 +509,7 @@ def test_repeated_cancels():
     state = running()
     state.cancel(1, 7)
     assert state.cancel(1, 8) == []
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
     assert state.on(exited(2, 2)) == [confirm(1, 8)]
 
 
@@ -676,7 +685,7 @@ def test_forced_overtakes_soft_on_a_run():
     assert state.cancel(1, 8) == []
     out = state.on(Frozen(1, 2, 1, 1))
     assert out == [Interrupt(1, 2), split(1, 2), confirm(3, 8), Fork(2)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
     assert state.on(exited(2, 2)) == [confirm(1, 8)]
 
 
@@ -685,7 +694,7 @@ def test_interrupted_run():
     state = running(items=4)
     state.cancel(1, 7)
     out = state.records(value(2, 0), (RECORD_UNWOUND, 2, 1, b""))
-    assert out == [Kill(1), result(1)]
+    assert out == [result(1)]
     assert state.on(exited(2, 2)) == [confirm(1, 7, at=1)]
 
 
