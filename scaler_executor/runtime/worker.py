@@ -304,7 +304,7 @@ class Worker:
             self._write_range(seq, count, used, self._batch_end() if ends_batch else b"")
         if self._was_interrupted and error is None and item + 1 < page[STOP]:
             # The item swallowed the interrupt and has its value; the run ends here all the same.
-            self._write(_pack(0, seq, item + 1, 0, RECORD_UNWOUND))
+            self._write_unwound(seq, item + 1)
         error = None
         page[DONE] = seq
         page[ITEM] = 0  # a single call has no items: what the page says of it must not be what it said of the run
@@ -350,7 +350,7 @@ class Worker:
             error = raised
         self._exit_if_fork(error)
         if self._was_interrupted:
-            self._write(_pack(0, seq, 0, 0, RECORD_UNWOUND))
+            self._write_unwound(seq, 0)
             return None, 0, []
 
         trace = error.__traceback__
@@ -377,10 +377,10 @@ class Worker:
         body: Payload = b""
         if error is not None:
             if self._was_interrupted:
-                kind = RECORD_UNWOUND
-            else:
-                kind = RECORD_ERROR
-                body = dumps_exception(self._pickler, error)
+                self._write_unwound(seq, item)
+                return
+            kind = RECORD_ERROR
+            body = dumps_exception(self._pickler, error)
         elif type(value) in PLAIN_TYPES:
             if kind == RECORD_VALUE:
                 body = _dumps(value, 5)
@@ -401,6 +401,12 @@ class Worker:
             self._write_frames(seq, item, kind, body, ends_batch)  # type: ignore[arg-type]
         if perf_counter() - self._rang_at > RING_INTERVAL_S:
             self._ring()
+
+    def _write_unwound(self, seq: int, item: int) -> None:
+        """Say that the call has unwound: its process group is killed then, so the process's own clean-up comes first."""
+        _abandon_children()
+        _finalize()
+        self._write(_pack(0, seq, item, 0, RECORD_UNWOUND))
 
     def _batch_end(self) -> bytes:
         self._batch_ended = True
@@ -506,13 +512,18 @@ def _abandon_children() -> None:
         process._children.clear()
 
 
+def _finalize() -> None:
+    """Clean up as a child of multiprocessing does at its end: its finalizers run, those of the interpreter do not."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util._exit_function()
+    _flush_streams()
+
+
 def _exit() -> NoReturn:
-    """End as a child of multiprocessing ends: its finalizers run, those of the interpreter do not."""
+    """End as a child of multiprocessing ends."""
     try:
-        util: Any = sys.modules.get("multiprocessing.util")
-        if util is not None:
-            util._exit_function()
-        _flush_streams()
+        _finalize()
     finally:
         os._exit(0)
 
