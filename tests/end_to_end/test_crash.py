@@ -178,8 +178,9 @@ def test_argument_that_does_not_pickle(executor: ScalerExecutor) -> None:
     assert_usable(executor)
 
 
-def test_what_does_not_unpickle_in_the_worker(executor: ScalerExecutor) -> None:
+def test_what_does_not_unpickle_in_the_worker(make: Make) -> None:
     """An error while function or argument are unpickled lands on the future, and the worker lives."""
+    executor = make(1)
     pid = executor.submit(workload.get_pid).result(DEADLINE_S)
     for future in (
         executor.submit(workload.PoisonOnLoad("function")),
@@ -190,8 +191,9 @@ def test_what_does_not_unpickle_in_the_worker(executor: ScalerExecutor) -> None:
     assert executor.submit(workload.get_pid).result(DEADLINE_S) == pid
 
 
-def test_result_that_does_not_pickle(executor: ScalerExecutor) -> None:
+def test_result_that_does_not_pickle(make: Make) -> None:
     """The pickling error of a result lands on the future, and the worker lives."""
+    executor = make(1)
     pid = executor.submit(workload.get_pid).result(DEADLINE_S)
     with pytest.raises(TypeError, match="does not pickle"):
         executor.submit(workload.return_unpicklable).result(DEADLINE_S)
@@ -253,8 +255,9 @@ def test_remote_traceback(executor: ScalerExecutor) -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("user's"), GeneratorExit(), BaseException("base")])
-def test_base_exceptions(executor: ScalerExecutor, error: BaseException) -> None:
+def test_base_exceptions(make: Make, error: BaseException) -> None:
     """SystemExit, KeyboardInterrupt and their like are an ordinary call's error; the worker lives."""
+    executor = make(1)
     pid = executor.submit(workload.get_pid).result(DEADLINE_S)
     raised = executor.submit(workload.fail, error).exception(DEADLINE_S)
     assert type(raised) is type(error) and raised.args == error.args

@@ -120,12 +120,13 @@ def test_asyncio(scene: Scene, executor: ScalerExecutor) -> None:
     assert sorted(line[1] for line in journal.read()) == ["main", "one", "two"]
 
 
-@pytest.mark.parametrize("cancel_grace", [0, 0.1, 10])
+@pytest.mark.parametrize("cancel_grace", [0, 0.3])
 @pytest.mark.parametrize("is_deaf", [False, True])
 def test_subprocess_of_a_call(scene: Scene, make: Make, cancel_grace: float, is_deaf: bool) -> None:
-    """The subprocess that a call waits for, and that one's child, are gone at the confirm, softly or not."""
-    if cancel_grace == 10 and is_deaf:
-        cancel_grace = 1  # leaving Popen's `with` block waits for the child, who does not hear: the grace time passes
+    """The subprocess that a call waits for, and that one's child, are gone at the confirm.
+
+    The call's `with` block waits for its child, which nobody has told: it lasts until the grace time is over.
+    """
     executor = make(1, cancel_grace=cancel_grace)
     started = scene.fifo()
     target = executor.submit(workload.wait_for_subprocess, started, is_deaf=is_deaf)
@@ -136,7 +137,7 @@ def test_subprocess_of_a_call(scene: Scene, make: Make, cancel_grace: float, is_
     assert_usable(executor)
 
 
-@pytest.mark.parametrize("call", [workload.run_subprocess, workload.leave_subprocess])
+@pytest.mark.parametrize("call", [workload.run_subprocess, workload.leave_subprocess, workload.leave_process])
 def test_subprocess_of_an_unwound_call(scene: Scene, make: Make, call: Callable[..., Any]) -> None:
     """A call that unwinds leaves no subprocess either, whether it cleans up after itself or not."""
     executor = make(1, cancel_grace=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -169,6 +170,14 @@ def leave_subprocess(started: Fifo) -> None:
         time.sleep(3600)
     finally:
         process.returncode = 0  # no warning
+
+
+def leave_process(started: Fifo) -> None:
+    """Leave a child of multiprocessing behind when interrupted: at its end an interpreter would wait for it."""
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+    process.start()
+    started.tell(f"{os.getpid()} {process.pid}")
+    time.sleep(3600)
 
 
 def work_with_files(started: Fifo, journal: Journal) -> None:
