@@ -11,27 +11,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from scaler_executor.future import DEFAULT_TIMEOUT, DefaultTimeout, ScalerFuture, cancel_all
-from scaler_executor.mapping import MapCall
-from scaler_executor.runtime.calls import CallPickler, main_baseline
-from scaler_executor.runtime.client import ClientFutureManager, wait_until_ended
+from scaler_executor.defaults import CANCEL_GRACE_S, CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT, DefaultTimeout
+from scaler_executor.runtime.cluster import EmbeddedCluster
 from scaler_executor.runtime.platform import cpu_count_usable
+
+# Everything else of ours is imported when the processes have been started: both take some ten milliseconds, and go on
+# side by side.
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from typing_extensions import ParamSpec, Self
 
+    from scaler_executor.future import ScalerFuture
+
     P = ParamSpec("P")
 
 T = TypeVar("T")
-
-#: Seconds that `cancel()` waits for its confirmation unless told otherwise.
-CANCEL_TIMEOUT_S: Final = 30.0
-#: Seconds that a cancelled call has to unwind before its process is killed.
-CANCEL_GRACE_S: Final = 1.0
 
 
 class ScalerExecutor(Executor):
@@ -94,15 +92,19 @@ class ScalerExecutor(Executor):
         if cancel_grace < 0:
             raise ValueError("cancel_grace must be >= 0")
         self._max_workers = max_workers
-        baseline = main_baseline() if start_method == "fork" else None
-
-        # Not at the top: this is the one place that needs the means to start processes.
-        from scaler_executor.runtime.cluster import EmbeddedCluster
-
         cluster = EmbeddedCluster(
             max_workers, start_method, initializer, initargs, mp_context, max_tasks_per_child, cancel_grace
         )
-        self._client = ClientFutureManager(cluster, CallPickler(baseline), cancel_timeout_s=cancel_timeout)
+        try:
+            from scaler_executor.runtime.calls import CallPickler
+            from scaler_executor.runtime.client import ClientFutureManager
+
+            pickler = CallPickler(cluster.baseline)
+            self._client = ClientFutureManager(cluster, pickler, cancel_timeout_s=cancel_timeout)
+        except BaseException:
+            cluster.kill()
+            cluster.join()
+            raise
         self._client.close_with(self)
 
     @property
@@ -153,6 +155,8 @@ class ScalerExecutor(Executor):
             raise ValueError("buffersize must be None or > 0")
         end_time = None if timeout is None else timeout + time.monotonic()
         self._client.check_open()
+        from scaler_executor.mapping import MapCall
+
         call = MapCall(self._client, self._max_workers, fn, iterables, chunksize=chunksize, buffersize=buffersize)
         try:
             call.fill()
@@ -169,6 +173,8 @@ class ScalerExecutor(Executor):
         force: bool = True,
     ) -> bool:
         """Cancel each future as `ScalerFuture.cancel` does, with one message and one wait for all. Return True."""
+        from scaler_executor.future import cancel_all
+
         return cancel_all(futures, timeout, force=force)
 
     def clear(self) -> None:
@@ -190,6 +196,8 @@ class ScalerExecutor(Executor):
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         """As `Executor.__exit__`; after a KeyboardInterrupt all calls are stopped, at a second one killed."""
+        from scaler_executor.runtime.client import wait_until_ended
+
         self._client.close()
         wait_until_ended(self._client, interrupted=exc_type is not None and issubclass(exc_type, KeyboardInterrupt))
         return None

@@ -40,6 +40,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
+from scaler_executor.defaults import DEFAULT_TIMEOUT, DefaultTimeout
 from scaler_executor.protocol.messages import CancelKind, Payload, ResultKind
 from scaler_executor.runtime.results import LOST, read_result
 
@@ -71,18 +72,6 @@ class CancelOutcome(Enum):
     """The call runs on and completes normally: it has started and `force` was False, or it cannot be stopped."""
     UNCONFIRMED = "unconfirmed"
     """The scheduler or the machine is out of reach: nobody can tell whether the code has stopped."""
-
-
-class DefaultTimeout(Enum):
-    """The type of `DEFAULT_TIMEOUT`."""
-
-    DEFAULT = "the executor's cancel_timeout"
-
-    def __repr__(self) -> str:
-        return f"<{self.value}>"
-
-
-DEFAULT_TIMEOUT: Final = DefaultTimeout.DEFAULT
 
 
 class FutureOwner(Protocol):

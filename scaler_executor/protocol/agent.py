@@ -690,9 +690,13 @@ class AgentState:
 
     def _frozen(self, event: Frozen) -> None:
         worker = self._crew.workers[event.worker_id]
-        # Not those answered in the meantime by their result, or by a record that they were skipped; such a call may be
-        # in the hands of the same worker again, under another number.
-        asked = [call for seq, call in (worker.freeze or {}).items() if call.worker is worker and call.seq == seq]
+        # Not those answered in the meantime by their result, or by a record that they were skipped or have unwound; a
+        # skipped one may be in the hands of the same worker again, under another number.
+        asked = [
+            call
+            for seq, call in (worker.freeze or {}).items()
+            if call.worker is worker and call.seq == seq and call.state in ("RECALLING", "FREEZING")
+        ]
         split_seq = worker.freeze_split
         worker.freeze, worker.freeze_split = None, 0
         if event.killed:
@@ -832,16 +836,20 @@ class AgentState:
         call.state = "KILLING"
 
     def _unwound(self, call: Call) -> None:
-        # Its code has stopped, but a subprocess of it may run on: that goes with the group of the worker, which exits by
+        # Its code has stopped, but a subprocess of it may run on: that goes with the group of the worker, which exits
+        # by
         # itself. The grace time goes on, for its finalizers may hang.
         call.state = "UNWOUND"
+        if call.task_id not in self._stopping:
+            self._kill_unwound(call)  # it is over already
 
     def _kill_unwound(self, call: Call) -> None:
         worker = call.worker
         assert worker is not None
-        del self._stopping[call.task_id]
-        worker.killed = True
-        self._out.append(Kill(worker.worker_id))
+        self._stopping.pop(call.task_id, None)
+        if not worker.killed:
+            worker.killed = True
+            self._out.append(Kill(worker.worker_id))
 
     def _stuck(self, call: Call) -> None:
         call.state = "HELD"

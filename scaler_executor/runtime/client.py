@@ -30,7 +30,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from scaler_executor.future import CancelOutcome, DefaultTimeout, ScalerFuture, cancel_all, make_future
+from scaler_executor.defaults import DefaultTimeout
+from scaler_executor.future import CancelOutcome, ScalerFuture, cancel_all, make_future
 from scaler_executor.protocol.client import (
     REST,
     Batch,

@@ -19,19 +19,32 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.calls import CallPickler, main_baseline
-from scaler_executor.runtime.forker import start_forker_by_fork
-from scaler_executor.runtime.worker import WorkerConfig
 
-#: The interpreter's own path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports.
-_BOOT: Final = (
-    "import sys,marshal\n"
-    "with open({fd},'rb') as f: c=marshal.load(f)\n"
-    "p=[e for e in sys.path if e]\n"
-    "sys.path[:]=p+[e for e in c['sys_path'] if e and e not in p]\n"
-    "from scaler_executor.runtime.serve import main\n"
-    "main(c)\n"
-)
+#: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
+#: path
+#: comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself comes
+#: from
+#: where this process has it. An empty configuration: the executor could not be made after all.
+_BOOT: Final = """\
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]
+sys.path.insert(0, {package_home!r})
+import scaler_executor
+del sys.path[0]
+try:
+    from scaler_executor.runtime.serve import main
+except ImportError:
+    main = None
+import marshal
+with open({fd}, "rb") as file:
+    config = file.read()
+if config:
+    config = marshal.loads(config)
+    if main is None:
+        sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
+        from scaler_executor.runtime.serve import main
+    main(config)
+"""
 
 
 class EmbeddedCluster:
@@ -60,55 +73,75 @@ class EmbeddedCluster:
         max_tasks_per_child: int | None,
         cancel_grace_s: float,
     ) -> None:
-        is_fork = start_method == "fork"
-        platform.prepare()
-        pickled = None
-        control: socket.socket | None = None
         self._forker_pid: int | None = None
-        if is_fork:
-            # Before anything else of ours exists here, so that nothing of it is inherited.
-            worker_config = WorkerConfig(initializer=initializer, initargs=initargs, baseline=main_baseline())
-            self._forker_pid, control = start_forker_by_fork(worker_config)
-        elif initializer is not None:
-            pickled = CallPickler(None).dumps_in_band((initializer, initargs))
+        #: See `calls.MainByBaseline`; None where workers are not forks of this process.
+        self.baseline: dict[str, Any] | None = None
+        is_fork = start_method == "fork"
+        control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if is_fork else (None, None)
         self.socket, theirs = socket.socketpair()
         client_pidfd = platform.pidfd_open(os.getpid())
         read_fd, write_fd = os.pipe()
-        config = {
-            "max_workers": max_workers,
-            "max_tasks_per_child": max_tasks_per_child,
-            "cancel_grace_s": cancel_grace_s,
-            "start_method": start_method,
-            "initializer_pickle": pickled,
-            "has_initializer": initializer is not None,
-            "sys_path": [str(entry) for entry in sys.path],
-            "cwd": os.getcwd(),
-            "argv": [str(argument) for argument in getattr(sys, "argv", [])],
-            "socket_fd": theirs.fileno(),
-            "control_fd": None if control is None else control.fileno(),
-            "client_pidfd": client_pidfd,
-        }
+        ends = [end for end in (theirs, control, their_control) if end is not None]
         inherited = [theirs.fileno(), client_pidfd, read_fd]
-        if control is not None:
-            inherited.append(control.fileno())
+        if their_control is not None:
+            inherited.append(their_control.fileno())
+        self.death_fd = -1
+        is_started = False
         try:
             self._process = _start_serve(read_fd, inherited)
+            self.death_fd = platform.pidfd_open(self._process.pid)
+            pickled = None
+            if control is not None:
+                ours = [client_pidfd, read_fd, write_fd, self.death_fd, self.socket.fileno()]
+                ours += [end.fileno() for end in ends if end is not control]
+                self._fork_forker(control, initializer, initargs, ours)
+            elif initializer is not None:
+                pickled = _pickle_initializer(initializer, initargs)
+            config = {
+                "max_workers": max_workers,
+                "max_tasks_per_child": max_tasks_per_child,
+                "cancel_grace_s": cancel_grace_s,
+                "start_method": start_method,
+                "initializer_pickle": pickled,
+                "has_initializer": initializer is not None,
+                "sys_path": [str(entry) for entry in sys.path],
+                "cwd": os.getcwd(),
+                "argv": [str(argument) for argument in getattr(sys, "argv", [])],
+                "socket_fd": theirs.fileno(),
+                "control_fd": None if their_control is None else their_control.fileno(),
+                "client_pidfd": client_pidfd,
+            }
             os.close(read_fd)
             read_fd = -1
-            self.death_fd = platform.pidfd_open(self._process.pid)
-            try:
-                with open(write_fd, "wb", closefd=False) as file:
-                    marshal.dump(config, file)
-            except BrokenPipeError:
-                pass  # it has ended already, as `death_fd` says
+            _write_all(write_fd, marshal.dumps(config))
+            is_started = True
         finally:
             for fd in (client_pidfd, read_fd, write_fd):
                 if fd >= 0:
                     os.close(fd)
-            theirs.close()
-            if control is not None:
-                control.close()  # if serve could not be started this ends the forker
+            for end in ends:
+                end.close()
+            if not is_started:
+                # Their pairs and the configuration closed, processes that were started for nothing end.
+                self.socket.close()
+                if self.death_fd >= 0:
+                    self.join()
         self.socket.setblocking(False)
+
+    def _fork_forker(
+        self,
+        control: socket.socket,
+        initializer: Callable[..., Any] | None,
+        initargs: tuple[Any, ...],
+        not_inherited: list[int],
+    ) -> None:
+        from scaler_executor.runtime.calls import main_baseline
+        from scaler_executor.runtime.forker import fork_forker
+        from scaler_executor.runtime.worker import WorkerConfig
+
+        self.baseline = main_baseline()
+        config = WorkerConfig(initializer=initializer, initargs=initargs, baseline=self.baseline)
+        self._forker_pid = fork_forker(config, control, not_inherited)
 
     def join(self) -> str:
         """Wait until the processes are gone, reap them and close the descriptors. Return how serve ended, in words."""
@@ -137,15 +170,35 @@ class EmbeddedCluster:
             platform.signal_process(self.death_fd, signal.SIGKILL)
 
 
+def _pickle_initializer(initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> bytes:
+    from scaler_executor.runtime.calls import CallPickler
+
+    return CallPickler(None).dumps_in_band((initializer, initargs))
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+    except BrokenPipeError:
+        pass  # it has ended already, as its pidfd says
+
+
 def _start_serve(config_fd: int, inherited: list[int]) -> Any:
     """Start a fresh interpreter with this one's flags. Return its Popen."""
     import subprocess
 
     spawn = sys.modules.get("multiprocessing.spawn")
     executable = spawn.get_executable() if spawn is not None else sys.executable
+    package_home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return subprocess.Popen(
-        [os.fsdecode(executable or sys.executable), *flags, "-c", _BOOT.format(fd=config_fd)],
+        [
+            os.fsdecode(executable or sys.executable),
+            *flags,
+            "-c",
+            _BOOT.format(fd=config_fd, package_home=package_home),
+        ],
         stdin=subprocess.DEVNULL,
         pass_fds=inherited,
         start_new_session=True,  # a terminal's Ctrl-C is for the user's process alone

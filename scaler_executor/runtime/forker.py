@@ -451,13 +451,29 @@ def forker_main(control: socket.socket, config: WorkerConfig, watched_pidfds: li
 
 
 def start_forker_by_fork(config: WorkerConfig) -> tuple[int, socket.socket]:
-    """Fork the forker from this process. Return its pid and the control socket; the caller reaps it.
+    """Fork the forker from this process. Return its pid and the control socket; the caller reaps it."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        return fork_forker(config, there, [here.fileno()]), here
+    except BaseException:
+        here.close()
+        raise
+    finally:
+        there.close()
+
+
+def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: list[int]) -> int:
+    """Fork the forker from this process. Return its pid; the caller reaps it.
 
     It lives in a session of its own, so that a terminal's Ctrl-C does not reach it, and ends with this process or with
-    the socket.
+    the control pair.
+
+    Args:
+        config: Of its workers.
+        control: The forker's end of the control pair; the caller closes its own copy.
+        not_inherited: Descriptors that the forker closes.
     """
     platform.prepare()
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     creator_pidfd = platform.pidfd_open(os.getpid())
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -470,19 +486,17 @@ def start_forker_by_fork(config: WorkerConfig) -> tuple[int, socket.socket]:
         try:
             pid = os.fork()
         except OSError:
-            here.close()
-            there.close()
             os.close(creator_pidfd)
             raise
     if pid:
-        there.close()
         os.close(creator_pidfd)
-        return pid, here
+        return pid
     try:
         signal.set_wakeup_fd(-1)  # it may be an event loop's of the parent
         os.setsid()
-        here.close()
-        forker_main(there, config, [creator_pidfd])
+        for fd in not_inherited:
+            os.close(fd)
+        forker_main(control, config, [creator_pidfd])
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

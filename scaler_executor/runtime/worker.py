@@ -403,7 +403,8 @@ class Worker:
             self._ring()
 
     def _write_unwound(self, seq: int, item: int) -> None:
-        """Say that the call has unwound: its process group is killed then, so the process's own clean-up comes first."""
+        """Say that the call has unwound: its process group is killed then, so the process's own clean-up comes
+        first."""
         _abandon_children()
         _finalize()
         self._write(_pack(0, seq, item, 0, RECORD_UNWOUND))

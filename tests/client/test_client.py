@@ -15,7 +15,7 @@ import pytest
 from fake_scheduler import PATIENCE_S, Background, Setting, never_called
 
 from scaler_executor import CancelOutcome
-from scaler_executor.future import DEFAULT_TIMEOUT
+from scaler_executor.defaults import DEFAULT_TIMEOUT
 from scaler_executor.protocol.messages import CancelKind, TaskSubmit
 from scaler_executor.runtime import client as client_module
 from scaler_executor.runtime.client import wait_until_ended

@@ -1,0 +1,23 @@
+"""Values that signatures name. Apart from the modules that use them, which take long to import."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+#: Seconds that `cancel()` waits for its confirmation unless told otherwise.
+CANCEL_TIMEOUT_S: Final = 30.0
+#: Seconds that a cancelled call has to unwind before its process is killed.
+CANCEL_GRACE_S: Final = 1.0
+
+
+class DefaultTimeout(Enum):
+    """The type of `DEFAULT_TIMEOUT`."""
+
+    DEFAULT = "the executor's cancel_timeout"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+DEFAULT_TIMEOUT: Final = DefaultTimeout.DEFAULT
