@@ -368,6 +368,9 @@ class ClientFutureManager:
     def abandon(self) -> None:
         """Make this copy, in a forked child, refuse everything; what it shares with the parent is left alone."""
         self._refusal = _refuse_child
+        # A thread of the parent may have held them, and here nobody would let go of them.
+        self._lock = threading.RLock()
+        self._io_lock = threading.RLock()
         for close in (self._cluster.close, self._bell.close):
             try:
                 close()
