@@ -398,7 +398,9 @@ class Scene:
             except OSError:
                 pass  # that of the listing itself
         things |= set(fds)
-        things |= {f"shared memory {entry}" for entry in os.listdir("/dev/shm")}
+        # The semaphores of multiprocessing come and go with other processes' work; none of them is ours.
+        shared = {entry for entry in os.listdir("/dev/shm") if not entry.startswith("sem.mp-")}
+        things |= {f"shared memory {entry}" for entry in shared}
         things |= {f"temporary file {path}" for path in self.temporary.iterdir()}
         return things
 

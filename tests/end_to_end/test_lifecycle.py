@@ -250,6 +250,9 @@ def test_ctrl_c(scene: Scene, start_method: str) -> None:
     assert client.output.count("Traceback") == 1 and client.output.rstrip().endswith("KeyboardInterrupt")
 
 
+#: From Python 3.12 on every fork of a process with threads is warned of.
+NO_FORK_WARNING = ("-W", "ignore::DeprecationWarning")
+
 FORK_SCRIPT = """
 import multiprocessing, os, sys, time
 import workload
@@ -301,7 +304,7 @@ print("end of script")
 
 def test_nested_forks_of_the_client(scene: Scene, start_method: str) -> None:
     """A forked child's copy refuses with RuntimeError, it may make its own executor; the parent is not affected."""
-    assert scene.client(FORK_SCRIPT, start_method).succeed() == "end of script\n"
+    assert scene.client(FORK_SCRIPT, start_method, flags=NO_FORK_WARNING).succeed() == "end of script\n"
 
 
 EXIT_IN_CHILD_SCRIPT = """
@@ -322,7 +325,7 @@ print("end of script")
 
 def test_child_that_exits(scene: Scene, start_method: str) -> None:
     """A forked child that ends as an interpreter does takes nothing of its parent's executor along."""
-    assert scene.client(EXIT_IN_CHILD_SCRIPT, start_method).succeed() == "end of script\n"
+    assert scene.client(EXIT_IN_CHILD_SCRIPT, start_method, flags=NO_FORK_WARNING).succeed() == "end of script\n"
 
 
 # Workers
