@@ -137,8 +137,8 @@ def run_asyncio(started: Fifo, journal: Journal) -> None:
     async def main() -> None:
         tasks = [asyncio.create_task(nap(name)) for name in ("one", "two")]
         await asyncio.sleep(0)
-        started.tell(os.getpid())
         try:
+            started.tell(os.getpid())
             await asyncio.gather(*tasks)
         finally:
             journal.write("finally", "main")
