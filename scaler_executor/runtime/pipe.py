@@ -7,6 +7,7 @@ after a worker's death the pipe holds every finished call, and at most one parti
 from __future__ import annotations
 
 import os
+import select
 from typing import Final, TypeAlias
 
 from scaler_executor.protocol.codec import FRAME_LENGTH, MAX_FRAMES, RemoteProtocolError
@@ -47,6 +48,12 @@ class ResultPipe:
     def is_partial(self) -> bool:
         """Whether a record has come in part: its writer may not ring again for the rest."""
         return self._large is not None or bool(self._tail)
+
+    def has_more(self) -> bool:
+        """Tell whether there is something to read."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLIN)
+        return any(events & select.POLLIN for _, events in poller.poll(0))
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -190,6 +197,8 @@ class WorkerResults:
         values = bytes(self._range_buffer[taken_bytes:used])
         if (page[RANGE_SEQ], page[RANGE_FIRST], page[PENDING]) != before:
             return []
+        if self._pipe.has_more():
+            return []  # it went on after the pipe was read: what it wrote since comes before these
         self._taken = (seq, first, count, used)
         body = (count - taken_count).to_bytes(4, "little") + values
         return [(RECORD_VALUES, seq, first + taken_count, body)]
