@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scaler_executor.protocol import agent, client, scheduler
+from scaler_executor.protocol import agent, scheduler
 from scaler_executor.protocol.agent import AgentState
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
