@@ -837,8 +837,7 @@ class AgentState:
 
     def _unwound(self, call: Call) -> None:
         # Its code has stopped, but a subprocess of it may run on: that goes with the group of the worker, which exits
-        # by
-        # itself. The grace time goes on, for its finalizers may hang.
+        # by itself. The grace time goes on, for its finalizers may hang.
         call.state = "UNWOUND"
         if call.task_id not in self._stopping:
             self._kill_unwound(call)  # it is over already
@@ -1337,10 +1336,10 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         # Said of everything that the worker held.
         "SKIPPED": ignore,
         "NOT_STARTED": forbidden,
-        # Answers of a freeze that was under way.
-        "IN_PROGRESS": ignore,
-        "OVER": ignore,
-        "KILLED": ignore,
+        # The answer of a freeze that was under way is not about it any more.
+        "IN_PROGRESS": forbidden,
+        "OVER": forbidden,
+        "KILLED": forbidden,
         # The code has stopped; what does not die of its group is out of anybody's hands.
         "STUCK": _A._stopped,
         "GRACE_DUE": _A._kill_unwound,

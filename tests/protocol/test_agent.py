@@ -410,11 +410,11 @@ def test_unwound_before_it_is_done():
     ids=["running", "over", "killed"],
 )
 def test_unwound_while_it_is_frozen(frozen):
-    """The answer of a freeze that was under way changes nothing."""
+    """The grace time is over, so it is killed, and the answer of a freeze that was under way changes nothing."""
     state = running(cancel_grace_s=0.5)
     state.cancel(1, 7)
     assert state.tick(0.5) == [Freeze(1, 2, [2], 0)]
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
     assert state.on(frozen) == []
     assert state.on(exited(2, 2)) == [confirm(1, 7)]
 
@@ -475,7 +475,7 @@ def test_unwound_overtaken_by_the_freeze():
     state.cancel(1, 7)
     state.tick(0.5)
     assert state.on(Frozen(1, 2, 2, 0)) == []
-    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == []
+    assert state.records((RECORD_UNWOUND, 2, 0, b"")) == [Kill(1)]
     assert state.on(exited(2, 2)) == [confirm(1, 7)]
 
 
