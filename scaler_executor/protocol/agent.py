@@ -556,9 +556,16 @@ class AgentState:
         held = worker.held
         if held and held[0].seq == seq:
             return held[0]
+        # What a freeze under way has taken back says nothing more, and the worker may have come to the calls behind it
+        # before the forker's report is here.
+        asked = worker.freeze or {}
+        skips = False
         for call in held:
             if call.seq == seq:
+                if not skips:
+                    return call
                 self._misbehaved(worker, f"result of call {seq} before that of {held[0].seq}")
+            skips = skips or call.seq not in asked
         return None
 
     def _item_result(self, call: Call, item: int, kind: int, payload: Any) -> None:
@@ -608,7 +615,10 @@ class AgentState:
             del self._stopping[call.task_id]
         worker = call.worker
         assert worker is not None
-        worker.held.popleft()
+        if worker.held[0] is call:
+            worker.held.popleft()
+        else:
+            worker.held.remove(call)
         del self._calls[call.task_id]
         call.state, call.worker, call.payload = "GONE", None, b""
 

@@ -602,6 +602,19 @@ def test_fork_failure_does_not_stop_a_recall_for_ever():
         assert state.next_deadline() == pytest.approx(state.now + LOOK_S)
 
 
+def test_results_overtake_the_freezes_report():
+    """A worker may be through with the calls behind a run that a freeze cut short before the report of that freeze is
+    here (found by simulation: it was killed for it)."""
+    state = held(items=2)
+    state.run((3, 1))
+    assert state.cancel(1, 7, SOFT) == [Freeze(1, 0, [2], 2)]
+    assert state.records(value(2, 0), batch_end(), value(3)) == [
+        Send(AgentResult([(BASE + 1, 1, 0, 1, VALUE, b"v"), (BASE + 3, 1, 0, 1, VALUE, b"v")]))
+    ]
+    assert state.on(Frozen(1, 2, 1, 0)) == [confirm(1, 7, at=1)]
+    assert state.records(batch_end()) == [] and state.outstanding == 0
+
+
 # Runs
 
 
