@@ -24,6 +24,7 @@ from scaler_executor import (
     WorkerDiedError,
     WorkerStartError,
 )
+from scaler_executor.runtime import platform
 
 Make = Callable[..., ScalerExecutor]
 
@@ -437,7 +438,10 @@ def test_kill_subset(scene: Scene, start_method: str, subset: tuple[str, ...], i
     One thing is out of reach: where serve and forker die in the same moment nobody is left who knows of a call's own
     subprocesses.
     """
-    third = "sleep" if {"serve", "forker"} <= set(subset) else "work_in_subprocess"
+    is_nobody_left = {"serve", "forker"} <= set(subset)
+    if is_nobody_left and is_running and platform.PORTABLE:
+        pytest.skip("only Linux ends a busy worker with its forker")
+    third = "sleep" if is_nobody_left else "work_in_subprocess"
     ready, started, gate, heartbeat = scene.fifo(), scene.fifo(), scene.fifo(), scene.heartbeat()
     paths = [part.path for part in (ready, started, gate, heartbeat)]
     client = scene.client(CLIENT, start_method, int(is_running), third, *paths)
