@@ -6,6 +6,7 @@ It checks arguments as ProcessPoolExecutor does, in its words, and decides which
 
 from __future__ import annotations
 
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -91,9 +92,11 @@ class ScalerExecutor(Executor):
             raise ValueError("cancel_timeout must be >= 0")
         if cancel_grace < 0:
             raise ValueError("cancel_grace must be >= 0")
+        # Plain numbers from here on, whatever numpy or a configuration gave.
+        max_workers = operator.index(max_workers)
         self._max_workers = max_workers
         cluster = EmbeddedCluster(
-            max_workers, start_method, initializer, initargs, mp_context, max_tasks_per_child, cancel_grace
+            max_workers, start_method, initializer, initargs, mp_context, max_tasks_per_child, float(cancel_grace)
         )
         try:
             from scaler_executor.runtime.calls import CallPickler

@@ -492,21 +492,24 @@ def cancel_all(
     for owner, answer in others:
         requests.setdefault(owner, [])
         answers.append(answer)
-    for future in futures:
-        if not isinstance(future, ScalerFuture):
-            future.cancel()
-            continue
-        ask = future._begin_cancel(kind)
-        if ask is not None:
-            answers.append(ask.answered)
-            cancels = requests.setdefault(future._owner, [])
-            # Also if another thread has asked for the same and not come this far: it may have been interrupted.
-            if ask.passed_on < kind:
-                cancels.append((future._task_no, kind))
-            may_wait = may_wait and not future._is_held_by_this_thread()
-    for owner, cancels in requests.items():
-        if cancels:
-            owner.ask_cancel(cancels)
+    try:
+        for future in futures:
+            if not isinstance(future, ScalerFuture):
+                future.cancel()
+                continue
+            ask = future._begin_cancel(kind)
+            if ask is not None:
+                answers.append(ask.answered)
+                cancels = requests.setdefault(future._owner, [])
+                # Also if another thread has asked for the same and not come this far: it may have been interrupted.
+                if ask.passed_on < kind:
+                    cancels.append((future._task_no, kind))
+                may_wait = may_wait and not future._is_held_by_this_thread()
+    finally:
+        # Also when the iterable failed: a request that was registered and not passed on would only drop a value.
+        for owner, cancels in requests.items():
+            if cancels:
+                owner.ask_cancel(cancels)
     if answers and may_wait and all(owner.may_wait() for owner in requests):
         limits = [owner.cancel_timeout_s for owner in requests]
         _wait_for(answers, timeout, min((limit for limit in limits if limit is not None), default=None))

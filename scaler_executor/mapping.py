@@ -40,7 +40,7 @@ _VALUE: Final = int(ResultKind.VALUE)
 class MapRun:
     """Items of one map that were submitted together: what has come of them, in ranges that nobody has unpickled yet."""
 
-    __slots__ = ("_left", "_over", "_ranges", "_reader", "_rest", "items", "task_no")
+    __slots__ = ("_left", "_ranges", "_reader", "_rest", "items", "over", "task_no")
 
     def __init__(self, items: int, reader: _Reader) -> None:
         self.items = items
@@ -54,21 +54,13 @@ class MapRun:
         #: What holds for each item that no range has, once the run is over.
         self._rest: tuple[int, Payload | str | None] | None = None
         self._reader = reader
-        self._over: threading.Event | None = None
+        #: Set when the run is over.
+        self.over = threading.Event()
 
     @property
     def is_over(self) -> bool:
         """Whether each item has a result or is cancelled."""
         return self._left == 0
-
-    @property
-    def over(self) -> threading.Event:
-        """Is set when the run is over."""
-        # Made visible first, then looked at; the I/O thread writes `_left` first and then looks for the event.
-        event = self._over = self._over or threading.Event()
-        if self._left == 0:
-            event.set()
-        return event
 
     def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
         """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
@@ -94,8 +86,8 @@ class MapRun:
             self._ranges[first] = (count, kind, payload)
             self._left -= count
         self._reader.note(self)
-        if self._left == 0 and self._over is not None:
-            self._over.set()
+        if self._left == 0:
+            self.over.set()
 
 
 class _Reader:

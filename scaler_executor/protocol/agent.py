@@ -73,6 +73,12 @@ LOOK_S: Final = 0.005
 RECALL_S: Final = 0.02
 #: So many workers in a row may die before they are ready.
 MAX_START_FAILURES: Final = 3
+#: After a fork failed (no memory, too many processes) the next is tried so much later, and so many times while there is
+#: no worker at all.
+FORK_RETRY_S: Final = 0.1
+MAX_FORK_FAILURES: Final = 30
+#: A call whose client is gone has no longer than this to unwind, whatever its client had allowed.
+GONE_GRACE_S: Final = 1.0
 
 CANCELED: Final = TaskCancelConfirmType.CANCELED
 NOT_FOUND: Final = TaskCancelConfirmType.CANCEL_NOT_FOUND
@@ -103,6 +109,8 @@ class ForkFailed(msgspec.Struct):
 
     worker_id: int
     reason: str
+    #: The forker was lost with the order; another one is there, or this is the last word.
+    forker_lost: bool = False
 
 
 class Records(msgspec.Struct):
@@ -141,6 +149,8 @@ class Exited(msgspec.Struct):
     done: int
     item: int
     report: DeathReport
+    #: It died because the forker was lost: that says nothing about whether workers can be started.
+    forker_lost: bool = False
 
 
 class SchedulerLost(msgspec.Struct):
@@ -263,6 +273,10 @@ class AgentState:
         self._last_worker_id = 0
         #: {client_id: n}: so many workers in a row died before they were ready.
         self._start_failures: dict[int, int] = {}
+        #: {client_id: n}: so many forks in a row failed while it had no worker.
+        self._fork_failures: dict[int, int] = {}
+        #: When workers may be ordered again after a fork failed, or None.
+        self._hire_at: float | None = None
         #: {client_id: reason} of the clients for which no worker can be started.
         self._broken: dict[int, str] = {}
         #: Clients that are gone but still have workers here.
@@ -344,6 +358,8 @@ class AgentState:
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
         deadlines = [call.grace_due for call in self._stopping.values()]
+        if self._hire_at is not None:
+            deadlines.append(self._hire_at)
         if self._look_at is not None:
             deadlines.append(self._look_at)
         if self._fence_at is not None:
@@ -448,6 +464,10 @@ class AgentState:
         self._gone_clients.add(client_id)
         self._broken.pop(client_id, None)
         self._start_failures.pop(client_id, None)
+        self._fork_failures.pop(client_id, None)
+        for call in self._stopping.values():
+            if call.client_id == client_id:
+                call.grace_due = min(call.grace_due, self._now + GONE_GRACE_S)
         for key in [key for key in self._functions if key[0] == client_id]:
             del self._functions[key]
         for worker in [worker for worker in self._crew.workers.values() if worker.client_id == client_id]:
@@ -478,7 +498,7 @@ class AgentState:
             else:
                 self._release(call)
             self._forget(call)
-        for table in (self._functions, self._broken, self._gone_clients, self._start_failures):
+        for table in (self._functions, self._broken, self._gone_clients, self._start_failures, self._fork_failures):
             table.clear()
         for worker in self._crew.workers.values():
             worker.freeze = {} if worker.freeze is not None else None
@@ -673,6 +693,7 @@ class AgentState:
     def _forked(self, event: Forked) -> None:
         worker = self._crew.workers[event.worker_id]
         worker.pid = event.pid
+        self._fork_failures.pop(worker.client_id, None)
         if worker.state == "FORKING":
             worker.state = "STARTING"
         elif worker.retired:
@@ -681,10 +702,22 @@ class AgentState:
     def _fork_failed(self, event: ForkFailed) -> None:
         worker = self._crew.workers.pop(event.worker_id)
         self._old_workers.discard(event.worker_id)
-        self._start_failed(worker, f"no worker could be started: {event.reason}")
+        if event.forker_lost or self._is_unwanted(worker):
+            return
+        # What a machine lacks for a moment is no reason to give up while work goes on, and none to ask all the time.
+        self._hire_at = self._now + FORK_RETRY_S
+        client_id = worker.client_id
+        if any(other.client_id == client_id for other in self._crew.workers.values()):
+            return
+        failures = self._fork_failures[client_id] = self._fork_failures.get(client_id, 0) + 1
+        if failures >= MAX_FORK_FAILURES:
+            self._broken_client(client_id, f"no worker could be started: {event.reason}")
+
+    def _is_unwanted(self, worker: Worker) -> bool:
+        return worker.retired or worker.state == "LEAVING" or worker.client_id in self._gone_clients
 
     def _start_failed(self, worker: Worker, reason: str) -> None:
-        if worker.retired or worker.state == "LEAVING" or worker.client_id in self._gone_clients:
+        if self._is_unwanted(worker):
             return
         client_id = worker.client_id
         failures = self._start_failures[client_id] = self._start_failures.get(client_id, 0) + 1
@@ -693,6 +726,7 @@ class AgentState:
 
     def _broken_client(self, client_id: int, reason: str) -> None:
         self._start_failures.pop(client_id, None)
+        self._fork_failures.pop(client_id, None)
         if client_id not in self._broken and client_id not in self._gone_clients:
             self._broken[client_id] = reason
             self._hand_back(client_id)
@@ -715,7 +749,8 @@ class AgentState:
         worker.stuck = event.stuck
         if event.stuck:
             # Also of those about which no freeze was sent because the worker was killed: nobody else will answer them.
-            asked = [call for call in worker.held if call.state in ("RECALLING", "FREEZING", "KILLING", "UNWOUND")]
+            states = {"RECALLING", "FREEZING", "KILLING", "UNWOUND"} if event.killed else {"RECALLING", "FREEZING"}
+            asked = [call for call in worker.held if call.state in states]
         for call in asked:
             if event.stuck:
                 self._step(call, "STUCK")
@@ -740,8 +775,10 @@ class AgentState:
         self._to_freeze.pop(event.worker_id, None)
         self._old_workers.discard(event.worker_id)
         if worker.state in ("FORKING", "STARTING"):
-            self._start_failed(worker, f"workers end before they are ready: {event.report.reason}")
-        elif worker.state == "READY":
+            if not event.forker_lost:
+                self._start_failed(worker, f"workers end before they are ready: {event.report.reason}")
+        elif worker.state == "READY" and worker.held:
+            # One that dies idle is replaced when there is work: it may be what its initializer started that ends it.
             self._leave(worker)
         calls = list(worker.held)
         worker.state = "LEAVING"
@@ -907,6 +944,8 @@ class AgentState:
         grace_s = call.function.function.options.cancel_grace_s
         if grace_s is None:
             grace_s = self._cancel_grace_s
+        if call.client_id in self._gone_clients:
+            grace_s = min(grace_s, GONE_GRACE_S)
         self._leave(worker)
         if grace_s <= 0:
             self._want_freeze(call, "FREEZING")
@@ -1016,7 +1055,8 @@ class AgentState:
         if worker.state == "LEAVING":
             return
         worker.state = "LEAVING"
-        if not self._draining and worker.client_id not in self._gone_clients and worker.client_id not in self._broken:
+        is_wanted = worker.client_id not in self._gone_clients and worker.client_id not in self._broken
+        if is_wanted and not self._draining and self._hire_at is None:
             self._order(worker.client_id)
 
     def _retire(self, worker: Worker) -> None:
@@ -1038,7 +1078,7 @@ class AgentState:
                 starved = call
                 break
             self._give(worker)
-        if starved is not None:
+        if starved is not None and self._hire_at is None:
             self._hire(starved.client_id)
 
     def _hire(self, client_id: int) -> None:
@@ -1103,6 +1143,8 @@ class AgentState:
 
     def _timers(self) -> None:
         now = self._now
+        if self._hire_at is not None and self._hire_at <= now:
+            self._hire_at = None
         if self._fence_at is not None and self._fence_at <= now:
             self._fence_at, self._fenced = None, True
             self._stop_everything()

@@ -39,6 +39,8 @@ from scaler_executor.runtime.transport import StreamWriter
 PIPE_BUDGET_BYTES: Final = 4 << 20
 #: Results are left in the pipes while more than this waits to be sent to the client.
 UPSTREAM_BYTES: Final = 64 << 20
+#: So many forkers in a row may be lost before they have forked anything.
+MAX_LOST_FORKERS: Final = 5
 
 
 class WorkerHandle:
@@ -76,6 +78,7 @@ class AgentRuntime:
         send: Takes the messages to the scheduler. It must not call back into this object.
         upstream_bytes: How much waits to be sent to clients.
         restart_forker: Starts another forker and returns its control socket, or None if there can be none.
+        is_ending: Tells whether the end of everything is on its way, so that no other forker is wanted.
         on_drained: Called when nothing is left after `drain`.
     """
 
@@ -88,6 +91,7 @@ class AgentRuntime:
         send: Callable[[Message], None],
         upstream_bytes: Callable[[], int],
         restart_forker: Callable[[], socket.socket | None],
+        is_ending: Callable[[], bool],
         on_drained: Callable[[], None],
     ) -> None:
         self._state = state
@@ -95,6 +99,9 @@ class AgentRuntime:
         self._send = send
         self._upstream_bytes = upstream_bytes
         self._restart_forker = restart_forker
+        self._is_ending = is_ending
+        #: Forkers lost in a row that had forked nothing.
+        self._lost_forkers = 0
         self._on_drained = on_drained
         self._encoder = Encoder()
         self._workers: dict[int, WorkerHandle] = {}
@@ -252,6 +259,8 @@ class AgentRuntime:
         try:
             packet = msgspec.msgpack.encode(ForkerSetup())
             socket.send_fds(control, [packet], [self._bell.ring_fd, pidfd])
+        except ConnectionError:
+            pass  # lost already; its end is noticed by reading
         finally:
             os.close(pidfd)
         self._decode = msgspec.msgpack.Decoder(ForkerMessage).decode
@@ -303,6 +312,7 @@ class AgentRuntime:
 
     def _from_forker(self, message: ForkerMessage, fds: list[int]) -> None:
         if isinstance(message, WorkerForked):
+            self._lost_forkers = 0
             self._ordered.discard(message.worker_id)
             handle = self._workers[message.worker_id] = WorkerHandle(message.worker_id, message.pid, fds)
             self.handle(protocol.Forked(message.worker_id, message.pid))
@@ -320,9 +330,9 @@ class AgentRuntime:
         else:
             self._fork_failed(message.worker_id, message.reason)
 
-    def _fork_failed(self, worker_id: int, reason: str) -> None:
+    def _fork_failed(self, worker_id: int, reason: str, forker_lost: bool = False) -> None:
         self._ordered.discard(worker_id)
-        self.handle(protocol.ForkFailed(worker_id, reason))
+        self.handle(protocol.ForkFailed(worker_id, reason, forker_lost))
 
     def _worker_exited(self, message: WorkerExited) -> None:
         handle = self._workers.pop(message.worker_id, None)
@@ -338,7 +348,15 @@ class AgentRuntime:
         )
         self._bury(handle, message.current, message.done, message.item, report)
 
-    def _bury(self, handle: WorkerHandle, current: int, done: int, item: int, report: DeathReport) -> None:
+    def _bury(
+        self,
+        handle: WorkerHandle,
+        current: int,
+        done: int,
+        item: int,
+        report: DeathReport,
+        forker_lost: bool = False,
+    ) -> None:
         """Take what a dead worker left, then say that it is dead: in this order, for a result that is there counts."""
         if handle.is_watched:
             self._loop.forget(handle.results.fileno())
@@ -350,21 +368,25 @@ class AgentRuntime:
         handle.close()
         if records:
             self.handle(protocol.Records(handle.worker_id, records))
-        self.handle(protocol.Exited(handle.worker_id, current, done, item, report))
+        self.handle(protocol.Exited(handle.worker_id, current, done, item, report, forker_lost))
 
     def _forker_lost(self) -> None:
         """The forker was killed. Its workers die with it; make sure, bury them, and start another forker."""
-        log.warn("agent", "the process that forks workers was lost; its workers are killed")
         self.close()
+        is_ending = self._is_ending()
+        if not is_ending:
+            log.warn("agent", "the process that forks workers was lost; its workers are killed")
         self._unsent = []
         for handle in self._workers.values():
             platform.signal_group(handle.pidfd, handle.pid, signal.SIGKILL)
             platform.signal_process(handle.pidfd, signal.SIGKILL)
-        control = self._restart_forker()
+        # One forker after the other that is lost before it has forked anything: something here does not let them live.
+        self._lost_forkers += 1
+        control = self._restart_forker() if not is_ending and self._lost_forkers <= MAX_LOST_FORKERS else None
         if control is not None:
             self._use_forker(control)
         for worker_id in list(self._ordered):
-            self._fork_failed(worker_id, "the process that forks workers was lost")
+            self._fork_failed(worker_id, "the process that forks workers was lost", control is not None)
         for handle in list(self._workers.values()):
             self._loop.watch(handle.pidfd, lambda handle=handle: self._orphan_died(handle))  # type: ignore[misc]
 
@@ -379,7 +401,7 @@ class AgentRuntime:
             pid=handle.pid,
             worker_id=handle.worker_id,
         )
-        self._bury(handle, page[CURRENT], page[DONE], page[ITEM], report)
+        self._bury(handle, page[CURRENT], page[DONE], page[ITEM], report, forker_lost=True)
 
 
 def _sentence(exit_code: int) -> str:

@@ -203,8 +203,12 @@ class ClientFutureManager:
         self._callback_thread: threading.Thread | None = None
         self._owner: Any = None
         self._thread = threading.Thread(target=self._run, name="scaler-executor-client", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._bell.close()
+            raise
         _MANAGERS[id(self)] = self
-        self._thread.start()
 
     def close_with(self, owner: object) -> None:
         """Close when `owner` is garbage."""
@@ -349,9 +353,11 @@ class ClientFutureManager:
     def join(self) -> None:
         """Wait until everything has ended, callbacks included, but not for the thread that asks."""
         current = threading.current_thread()
-        for thread in (self._thread, self._callback_thread):
-            if thread is not None and thread is not current:
-                thread.join()
+        if self._thread is not current:
+            self._thread.join()
+        # Looked at only now: the first callback may have come while we waited.
+        if self._callback_thread is not None and self._callback_thread is not current:
+            self._callback_thread.join()
 
     def kill(self) -> None:
         """Kill the cluster: what is outstanding is lost at once."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import select
 import signal
 import socket
 import sys
@@ -26,7 +27,12 @@ from scaler_executor.runtime import platform
 #: from
 #: where this process has it. An empty configuration: the executor could not be made after all.
 _BOOT: Final = """\
-import sys
+import os, sys
+low = 3
+for fd in {inherited!r}:
+    os.closerange(low, fd)
+    low = fd + 1
+os.closerange(low, 1 << 20)
 sys.path[:] = [entry for entry in sys.path if entry]
 sys.path.insert(0, {package_home!r})
 import scaler_executor
@@ -37,9 +43,10 @@ except ImportError:
     main = None
 import marshal
 with open({fd}, "rb") as file:
-    config = file.read()
+    # By its length: a process that another thread forks meanwhile may hold the other end.
+    size = int.from_bytes(file.read(8), "little")
+    config = size and marshal.loads(file.read(size))
 if config:
-    config = marshal.loads(config)
     if main is None:
         sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
         from scaler_executor.runtime.serve import main
@@ -88,8 +95,8 @@ class EmbeddedCluster:
         self.death_fd = -1
         is_started = False
         try:
-            self._process = _start_serve(read_fd, inherited)
-            self.death_fd = platform.pidfd_open(self._process.pid)
+            self._serve_pid = _start_serve(read_fd, inherited)
+            self.death_fd = platform.pidfd_open(self._serve_pid)
             pickled = None
             if control is not None:
                 ours = [client_pidfd, read_fd, write_fd, self.death_fd, self.socket.fileno()]
@@ -105,7 +112,7 @@ class EmbeddedCluster:
                 "initializer_pickle": pickled,
                 "has_initializer": initializer is not None,
                 "sys_path": [str(entry) for entry in sys.path],
-                "cwd": os.getcwd(),
+                "cwd": _working_directory(),
                 "argv": [str(argument) for argument in getattr(sys, "argv", [])],
                 "socket_fd": theirs.fileno(),
                 "control_fd": None if their_control is None else their_control.fileno(),
@@ -113,7 +120,8 @@ class EmbeddedCluster:
             }
             os.close(read_fd)
             read_fd = -1
-            _write_all(write_fd, marshal.dumps(config))
+            data = marshal.dumps(config)
+            _write_all(write_fd, len(data).to_bytes(8, "little") + data)
             is_started = True
         finally:
             for fd in (client_pidfd, read_fd, write_fd):
@@ -145,14 +153,16 @@ class EmbeddedCluster:
 
     def join(self) -> str:
         """Wait until the processes are gone, reap them and close the descriptors. Return how serve ended, in words."""
-        status = self._process.wait()
+        poller = select.poll()
+        poller.register(self.death_fd, select.POLLIN)
+        poller.poll()
+        status = _reap(self._serve_pid)
         if self._forker_pid is not None:
-            try:
-                os.waitpid(self._forker_pid, 0)
-            except ChildProcessError:
-                pass  # the user's program has reaped it
+            _reap(self._forker_pid)
             self._forker_pid = None
         self.close()
+        if status is None:
+            return "the scheduler process has ended"
         if status < 0:
             return f"the scheduler process was killed by signal {-status}"
         return f"the scheduler process exited with code {status}"
@@ -170,6 +180,21 @@ class EmbeddedCluster:
             platform.signal_process(self.death_fd, signal.SIGKILL)
 
 
+def _reap(pid: int) -> int | None:
+    """Wait for a child; return its exit code, negative for a signal, or None if the user's program has reaped it."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return None
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None  # it has been removed
+
+
 def _pickle_initializer(initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> bytes:
     from scaler_executor.runtime.calls import CallPickler
 
@@ -184,22 +209,22 @@ def _write_all(fd: int, data: bytes) -> None:
         pass  # it has ended already, as its pidfd says
 
 
-def _start_serve(config_fd: int, inherited: list[int]) -> Any:
-    """Start a fresh interpreter with this one's flags. Return its Popen."""
+def _start_serve(config_fd: int, inherited: list[int]) -> int:
+    """Start a fresh interpreter with this one's flags. Return its pid.
+
+    Not by subprocess.Popen: that waits until the write end of a pipe of its own is closed everywhere, and a process
+    that
+    another thread forks at this moment, the forker of another executor say, keeps it open for life.
+    """
     import subprocess
 
     spawn = sys.modules.get("multiprocessing.spawn")
-    executable = spawn.get_executable() if spawn is not None else sys.executable
+    executable = os.fsdecode((spawn.get_executable() if spawn is not None else None) or sys.executable)
     package_home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return subprocess.Popen(
-        [
-            os.fsdecode(executable or sys.executable),
-            *flags,
-            "-c",
-            _BOOT.format(fd=config_fd, package_home=package_home),
-        ],
-        stdin=subprocess.DEVNULL,
-        pass_fds=inherited,
-        start_new_session=True,  # a terminal's Ctrl-C is for the user's process alone
-    )
+    program = _BOOT.format(fd=config_fd, package_home=package_home, inherited=sorted(inherited))
+    # A descriptor that is duplicated onto itself stays open in the new process, all others of Python's do not.
+    actions: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited]
+    actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
+    arguments = [executable, *flags, "-c", program]
+    return os.posix_spawn(executable, arguments, os.environ, file_actions=actions, setsid=True)

@@ -22,6 +22,7 @@ import socket
 import sys
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any, Final, NoReturn
@@ -450,11 +451,11 @@ def forker_main(control: socket.socket, config: WorkerConfig, watched_pidfds: li
     Forker(control, config, watched_pidfds).run()
 
 
-def start_forker_by_fork(config: WorkerConfig) -> tuple[int, socket.socket]:
+def start_forker_by_fork(config: WorkerConfig, not_inherited: Sequence[int] = ()) -> tuple[int, socket.socket]:
     """Fork the forker from this process. Return its pid and the control socket; the caller reaps it."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        return fork_forker(config, there, [here.fileno()]), here
+        return fork_forker(config, there, [*not_inherited, here.fileno()]), here
     except BaseException:
         here.close()
         raise
@@ -495,7 +496,10 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
         signal.set_wakeup_fd(-1)  # it may be an event loop's of the parent
         os.setsid()
         for fd in not_inherited:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # closed before the fork, after it was listed
         forker_main(control, config, [creator_pidfd])
     except BaseException:
         sys.excepthook(*sys.exc_info())

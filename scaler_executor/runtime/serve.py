@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -63,6 +64,7 @@ class Server:
             send=self._to_scheduler.append,
             upstream_bytes=self._upstream_bytes,
             restart_forker=self._restart_forker,
+            is_ending=self._is_ending,
             on_drained=self._loop.stop,
         )
         self._loop.watch(sock.fileno(), self._on_client)
@@ -172,6 +174,14 @@ class Server:
         client.socket.close()
         self._agent.drain()
 
+    def _is_ending(self) -> bool:
+        """Tell whether the client has gone: the loss of the forker may be noticed first."""
+        if self._client is None:
+            return True
+        poller = select.poll()
+        poller.register(self._client_pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
     def _restart_forker(self) -> socket.socket | None:
         control = _start_forker(self._config)
         if control is not None and self._config["start_method"] == "fork":
@@ -193,8 +203,13 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         cwd=config["cwd"],
         argv=config["argv"],
     )
-    _, control = start_forker_by_fork(worker_config)
+    # Nothing of this process is the workers': with its end of the client's pair they could speak for the scheduler.
+    _, control = start_forker_by_fork(worker_config, not_inherited=_open_descriptors())
     return control
+
+
+def _open_descriptors() -> list[int]:
+    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
 
 
 def main(config: dict[str, Any]) -> NoReturn:

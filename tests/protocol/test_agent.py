@@ -4,7 +4,10 @@ import pytest
 
 from scaler_executor.protocol.agent import (
     FENCE_S,
+    FORK_RETRY_S,
+    GONE_GRACE_S,
     LOOK_S,
+    MAX_FORK_FAILURES,
     RECALL_S,
     AgentState,
     Drain,
@@ -235,12 +238,52 @@ def test_workers_die_before_they_are_ready():
 
 
 def test_fork_fails():
-    """A fork that fails counts as a worker that died before it was ready."""
+    """A fork that fails is tried again after a pause, and given up after many while there is no worker at all."""
     state = agent()
     state.run((1, 1))
-    assert state.on(ForkFailed(1, "no memory")) == [Fork(2)]
-    assert state.on(ForkFailed(2, "no memory")) == [Fork(3)]
-    assert len(state.on(ForkFailed(3, "no memory"))) == 2
+    for number in range(1, MAX_FORK_FAILURES):
+        assert state.on(ForkFailed(number, "no memory")) == []
+        assert state.tick(FORK_RETRY_S) == [Fork(number + 1)]
+    news, back = state.on(ForkFailed(MAX_FORK_FAILURES, "no memory"))
+    assert back == returned(1)
+    assert news.message.__class__ is WorkersBroken and "no memory" in news.message.reason
+
+
+def test_forks_fail_beside_a_worker():
+    """What a machine lacks for a moment breaks no client that has a worker."""
+    state = running(max_workers=2)
+    state.run((2, 1), (3, 1))
+    for number in range(2, 2 * MAX_FORK_FAILURES):
+        assert state.on(ForkFailed(number, "no memory")) == []
+        assert state.tick(FORK_RETRY_S)[-1] == Fork(number + 1)
+
+
+def test_forker_lost_while_workers_start():
+    """The loss of the forker is no failure to start a worker, however many were on their way."""
+    state = agent(max_workers=8)
+    state.run(*[(number, 1) for number in range(1, 9)])
+    for number in range(1, 5):
+        state.on(Forked(number, 1000 + number))
+        out = state.on(Exited(number, 0, 0, 0, REPORT, forker_lost=True))
+        assert out == [Fork(8 + number)]
+    for number in range(5, 9):
+        assert state.on(ForkFailed(number, "the forker was lost", forker_lost=True)) == [Fork(8 + number)]
+
+
+def test_idle_worker_dies():
+    """It is not replaced before there is work: what ends workers soon after their start would go on for ever."""
+    state = running()
+    assert state.records(value(2), batch_end()) == [result(1)]
+    assert state.on(exited(2, 2)) == []
+    assert state.run((2, 1)) == [Fork(2)]
+
+
+def test_client_is_gone_while_its_call_is_stopped():
+    """Nobody is left to whom a long grace time was promised."""
+    state = running(cancel_grace_s=60)
+    state.cancel(1, 7)
+    state.got(ClientGone(1))
+    assert state.tick(GONE_GRACE_S) == [Freeze(1, 2, [2], 0)]
 
 
 def test_start_failures_are_counted_for_each_client():
@@ -261,15 +304,6 @@ def test_initializer_fails():
     state.on(Forked(1, 1001))
     out = state.records((RECORD_START_FAILED, 0, 0, b"boom"))
     assert out == [Send(WorkersBroken(1, "boom")), returned(1)]
-
-
-def test_idle_worker_dies():
-    """An idle worker that dies is replaced."""
-    state = agent()
-    state.run((1, 1))
-    state.start_worker()
-    state.records(value(1), batch_end())
-    assert state.on(exited(1, 1)) == [Fork(2)]
 
 
 # QUEUED
