@@ -68,15 +68,15 @@ class Marksman:
         assert outcome is not None, "not confirmed in 30 s"
         self.journal.write("confirmed", target, outcome.name)
         if outcome in (CancelOutcome.CANCELED, CancelOutcome.FAILED):
-            self.lead_s = min(0.02, self.lead_s + 0.0001)
+            self.lead_s = min(0.2, self.lead_s + 0.1 * abs(self.lead_s) + 0.0001)
         else:
-            self.lead_s = max(-0.005, self.lead_s - 0.0001)
+            self.lead_s = max(-0.005, self.lead_s - 0.1 * abs(self.lead_s) - 0.0001)
 
     def shoot_at_many(self) -> None:
         """Fire at several at once, some of which are over."""
         rng = self.rng
         numbers = [self.submit(rng.uniform(0, 0.002), is_busy=True) for _ in range(8)]
-        shot_at = time.perf_counter() + rng.uniform(0, 0.008)
+        shot_at = time.perf_counter() + max(0.0, self.lead_s) + rng.uniform(0, 0.008)
         while time.perf_counter() < shot_at:
             pass
         targets = rng.sample(numbers, 4)

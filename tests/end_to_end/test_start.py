@@ -1,0 +1,86 @@
+"""How executors begin and end where threads, callbacks and odd surroundings cross."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from scaler_executor import ScalerExecutor
+
+DEADLINE_S = 60.0
+
+
+@pytest.mark.parametrize("rounds", range(3))
+def test_executors_are_made_in_several_threads(rounds: int) -> None:
+    """Each is made and works, though the others' forkers are forked while its own processes start."""
+    executors: list[ScalerExecutor] = []
+    results: list[int] = []
+
+    def make() -> None:
+        executor = ScalerExecutor(1)
+        executors.append(executor)
+        results.append(executor.submit(pow, 2, 5).result(DEADLINE_S))
+
+    threads = [threading.Thread(target=make, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert results == [32, 32, 32]
+    for executor in executors:
+        executor.shutdown()
+
+
+def test_shutdown_waits_for_the_first_callback() -> None:
+    """A callback that runs while shutdown waits has returned when shutdown does, as in the standard library."""
+    executor = ScalerExecutor(1)
+    has_ended = threading.Event()
+    may_end = threading.Event()
+
+    def call_back(future: object) -> None:
+        may_end.wait(DEADLINE_S)
+        has_ended.set()
+
+    executor.submit(time.sleep, 0.2).add_done_callback(call_back)
+    threading.Timer(0.5, may_end.set).start()
+    executor.shutdown()
+    assert has_ended.is_set()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """max_workers and the times may come from anywhere."""
+    with ScalerExecutor(np.int64(1), cancel_grace=np.float64(0.5)) as executor:  # type: ignore[arg-type]
+        assert executor.submit(pow, 2, 5).result(DEADLINE_S) == 32
+
+
+def test_the_working_directory_is_gone(tmp_path: "os.PathLike[str]") -> None:
+    """An executor can be made where there is no current directory any more."""
+    before = os.getcwd()
+    gone = os.path.join(tmp_path, "gone")
+    os.mkdir(gone)
+    os.chdir(gone)
+    try:
+        os.rmdir(gone)
+        executor = ScalerExecutor(1)
+    finally:
+        os.chdir(before)
+    assert executor.submit(pow, 2, 5).result(DEADLINE_S) == 32
+    executor.shutdown()
+
+
+def test_a_failing_iterable_of_futures_leaves_no_request_behind() -> None:
+    """What was asked before the iterable failed is passed on: no value is dropped without a word."""
+    with ScalerExecutor(1) as executor:
+        running = executor.submit(time.sleep, DEADLINE_S)
+        other = executor.submit(pow, 2, 5)
+
+        def futures() -> object:
+            yield running
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            executor.cancel(futures())  # type: ignore[arg-type]
+        assert other.result(DEADLINE_S) == 32
+        assert running.cancelled()
