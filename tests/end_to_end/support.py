@@ -141,13 +141,13 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        path.touch()
+        self._fds[self.path] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
 
     def __reduce__(self) -> Any:
         return copy_of_journal, (self.path,)
 
     def write(self, *words: object) -> None:
-        """Append a line. A process opens the file once."""
+        """Append a line. A call's process opens the file once."""
         fd = self._fds.get(self.path)
         if fd is None:
             fd = self._fds[self.path] = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
