@@ -161,11 +161,7 @@ class ScalerExecutor(Executor):
         from scaler_executor.mapping import MapCall
 
         call = MapCall(self._client, self._max_workers, fn, iterables, chunksize=chunksize, buffersize=buffersize)
-        try:
-            call.fill()
-        except BaseException:
-            call.take_back()
-            raise
+        call.fill()
         return call.results(end_time)
 
     def cancel(

@@ -88,6 +88,9 @@ class FutureOwner(Protocol):
     def may_wait(self) -> bool:
         """Tell whether this thread may wait for an answer: not the one that receives it, nor at interpreter exit."""
 
+    def expect_callbacks(self) -> None:
+        """Be ready to run callbacks: a future has some now."""
+
     def call_back(self, future: ScalerFuture[Any]) -> None:
         """Run the future's callbacks soon, in another thread."""
 
@@ -234,6 +237,9 @@ class ScalerFuture(Future[T]):
         if self._state not in _DONE:
             with self._condition:
                 if self._state not in _DONE:
+                    owner = self._get_owner()
+                    if owner is not None:
+                        owner.expect_callbacks()
                     self._done_callbacks.append(fn)
                     return
         try:

@@ -10,6 +10,7 @@ small and grow, up to RUN_ITEMS and about RUN_BYTES. The agent cuts and joins th
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -34,13 +35,35 @@ RUN_BYTES: Final = 1 << 14
 RUNS_PER_WORKER: Final = 4
 
 _CANCELLED: Final = -2
+#: Held while the event of a run is made: two threads that clear the executor wait for the same one.
+_MAKING_EVENT: Final = threading.Lock()
 _VALUE: Final = int(ResultKind.VALUE)
+
+
+_CONTAINERS: Final = (list, tuple, range, dict, set, frozenset, str, bytes, bytearray, deque)
+_VIEWS: Final[tuple[Iterable[Any], ...]] = ({}.keys(), {}.values(), {}.items())
+#: Iterables that have all their items: to take the next one runs no code of the user's.
+_COMPLETE: Final = frozenset(
+    {
+        *_CONTAINERS,
+        *(type(iter(container())) for container in _CONTAINERS if container is not range),
+        type(iter(range(0))),
+        *map(type, _VIEWS),
+        *(type(iter(view)) for view in _VIEWS),
+        itertools.count,
+        itertools.repeat,
+    }
+)
+
+
+def _has_its_items(iterable: Iterable[Any]) -> bool:
+    return type(iterable) in _COMPLETE or type(iterable).__module__ in ("numpy", "array")
 
 
 class MapRun:
     """Items of one map that were submitted together: what has come of them, in ranges that nobody has unpickled yet."""
 
-    __slots__ = ("_left", "_ranges", "_reader", "_rest", "items", "over", "task_no")
+    __slots__ = ("_left", "_over", "_ranges", "_reader", "_rest", "items", "task_no")
 
     def __init__(self, items: int, reader: _Reader) -> None:
         self.items = items
@@ -54,13 +77,22 @@ class MapRun:
         #: What holds for each item that no range has, once the run is over.
         self._rest: tuple[int, Payload | str | None] | None = None
         self._reader = reader
-        #: Set when the run is over.
-        self.over = threading.Event()
+        self._over: threading.Event | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether each item has a result or is cancelled."""
         return self._left == 0
+
+    @property
+    def over(self) -> threading.Event:
+        """Is set when the run is over."""
+        with _MAKING_EVENT:
+            event = self._over = self._over or threading.Event()
+        # Made visible first, then looked at; the I/O thread writes `_left` first and then looks for the event.
+        if self._left == 0:
+            event.set()
+        return event
 
     def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
         """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
@@ -86,8 +118,8 @@ class MapRun:
             self._ranges[first] = (count, kind, payload)
             self._left -= count
         self._reader.note(self)
-        if self._left == 0:
-            self.over.set()
+        if self._left == 0 and self._over is not None:
+            self._over.set()
 
 
 class _Reader:
@@ -159,12 +191,14 @@ class MapCall:
         self._limit = RUN_ITEMS if chunksize == 1 else chunksize
         if buffersize is not None:
             self._limit = min(self._limit, max(1, buffersize // (2 * max_workers)))
+        self._size = 1
         sizes = [len(iterable) for iterable in iterables if isinstance(iterable, Sized)]
-        if sizes:
+        if chunksize == 1 and not all(_has_its_items(iterable) for iterable in iterables):
+            # A generator may be slow, or wait for what becomes of the items that it has given: none is held back.
+            self._limit = 1
+        elif sizes:
             self._limit = max(1, min(self._limit, -(-min(sizes) // (max_workers * RUNS_PER_WORKER))))
             self._size = self._limit
-        else:
-            self._size = 1
         #: Runs since the size was last doubled.
         self._steps = 0
         self._reader = _Reader()
@@ -186,10 +220,14 @@ class MapCall:
                 wanted = min(wanted, self._buffersize - self._ahead)
                 if wanted < 1:
                     return
-            items = list(islice(self._items, wanted))
-            self._is_exhausted = len(items) < wanted
-            if items:
-                self._submit(items)
+            items: list[tuple[Any, ...]] = []
+            try:
+                items.extend(islice(self._items, wanted))
+            finally:
+                # Also what an iterable has given before it failed: it was there to be submitted.
+                self._is_exhausted = len(items) < wanted
+                if items:
+                    self._submit(items)
 
     def is_worth_filling(self) -> bool:
         """Tell whether the buffer has room for a whole run; a run for each free place would be slow."""

@@ -445,7 +445,7 @@ def _pickle_end(data: bytes, at: int) -> int:
     """
     if data[at + 2] == 0x95:  # FRAME
         return at + 11 + int(_FRAME.unpack_from(data, at + 3)[0])
-    if data[at + 3] == 0x2E and data[at + 2] != 0x4B:  # STOP, and not the argument of BININT1
+    if data[at + 3] == 0x2E and data[at + 2] not in (0x4B, 0x82):  # STOP, and not the argument of BININT1 or EXT1
         return at + 4
     return at + 5
 

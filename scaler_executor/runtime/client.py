@@ -27,6 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -312,13 +313,24 @@ class ClientFutureManager:
     def call_back(self, future: ScalerFuture[Any]) -> None:
         """Have the future's callbacks called."""
         self._callbacks.put(future)
+
+    def expect_callbacks(self) -> None:
+        """Start the callback thread, if it is not there. In the thread of whoever adds a callback: at the interpreter's
+        exit no thread can be started any more, and calls that were accepted before still end then."""
+        if self._callback_thread is not None:
+            return
         with self._lock:
-            if self._callback_thread is not None:
-                return
-            self._callback_thread = threading.Thread(
-                target=_run_callbacks, args=(self._callbacks,), name="scaler-executor-callbacks", daemon=True
-            )
-        self._callback_thread.start()
+            if self._callback_thread is None:
+                # At its end, not at that of the I/O thread: the interpreter's exit waits for what is registered.
+                unregister = partial(_MANAGERS.pop, id(self), None)
+                thread = threading.Thread(
+                    target=_run_callbacks,
+                    args=(self._callbacks, unregister),
+                    name="scaler-executor-callbacks",
+                    daemon=True,
+                )
+                thread.start()
+                self._callback_thread = thread
 
     def take_back(self, tasks: list[int] | None = None) -> None:
         """Cancel what has not started, of these tasks or of all, without waiting. What runs, completes."""
@@ -477,7 +489,8 @@ class ClientFutureManager:
             with self._lock:
                 self._has_ended = True
                 self._bell.close()
-                _MANAGERS.pop(id(self), None)
+                if self._callback_thread is None:
+                    _MANAGERS.pop(id(self), None)
 
     def _loop(self) -> None:
         poll = select.poll()
@@ -713,11 +726,12 @@ def _failed_future(error: Exception) -> ScalerFuture[Any]:
     return future
 
 
-def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None]) -> None:
+def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None], at_end: Callable[[], object]) -> None:
     """The callback thread, until it gets None."""
     while True:
         future = queue.get()
         if future is None:
+            at_end()
             return
         future.invoke_callbacks()
         del future  # or it would live until the next one comes

@@ -84,6 +84,7 @@ class EmbeddedCluster:
         #: See `calls.MainByBaseline`; None where workers are not forks of this process.
         self.baseline: dict[str, Any] | None = None
         is_fork = start_method == "fork"
+        placeholders = _fill_standard_descriptors()
         control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if is_fork else (None, None)
         self.socket, theirs = socket.socketpair()
         client_pidfd = platform.pidfd_open(os.getpid())
@@ -124,6 +125,8 @@ class EmbeddedCluster:
             _write_all(write_fd, len(data).to_bytes(8, "little") + data)
             is_started = True
         finally:
+            for fd in placeholders:
+                os.close(fd)
             for fd in (client_pidfd, read_fd, write_fd):
                 if fd >= 0:
                     os.close(fd)
@@ -186,6 +189,15 @@ def _reap(pid: int) -> int | None:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
         return None
+
+
+def _fill_standard_descriptors() -> list[int]:
+    """Open those of descriptors 0 to 2 that are closed, or ours would get these numbers and be taken for a terminal."""
+    opened = []
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        opened.append(fd)
+    os.close(fd)
+    return opened
 
 
 def _working_directory() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -222,6 +223,11 @@ def main(config: dict[str, Any]) -> NoReturn:
     control_fd = config["control_fd"]
     control = socket.socket(fileno=control_fd) if control_fd is not None else _start_forker(config)
     assert control is not None
+    # A worker costs this process four descriptors. After the fork of the forker, for the limit of workers is the
+    # user's.
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Rows and payloads have no cycles, and collecting over 100,000 of them would halve the rate.
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)

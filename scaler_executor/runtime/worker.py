@@ -532,8 +532,9 @@ def _exit() -> NoReturn:
 def _take_over_process(config: WorkerConfig) -> None:
     """Make what was inherited this process's own."""
     fd = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(fd, 0)
-    os.close(fd)
+    if fd != 0:
+        os.dup2(fd, 0)
+        os.close(fd)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     try:
         with open("/proc/self/comm", "w") as file:

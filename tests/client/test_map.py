@@ -85,6 +85,31 @@ def test_runs_of_an_unknown_number_of_items_grow(setting: Setting) -> None:
     assert sizes[:8] == [1] * 8 and max(sizes) == RUN_ITEMS
 
 
+def test_items_of_a_generator_are_not_held_back(setting: Setting) -> None:
+    """A generator may wait for results of items that it has given: each is sent before the next is taken."""
+    sent: list[TaskRow] = []
+
+    def generate() -> Iterator[int]:
+        for number in range(5):
+            yield number
+            sent.append(next_run(setting))
+
+    start(setting, generate())
+    assert [row[1] for row in sent] == [1] * 5
+
+
+def test_what_a_failing_iterable_has_given_is_submitted(setting: Setting) -> None:
+    """map() raises its error, and the items before it run, as by ProcessPoolExecutor."""
+
+    def generate() -> Iterator[int]:
+        yield from range(3)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        start(setting, generate())
+    assert [row[1] for row in rows_of(setting, 3)] == [1] * 3
+
+
 def test_runs_of_large_items_are_short(setting: Setting) -> None:
     """The payload of a run is bounded, also where the number of its items would not be."""
     setting.scheduler.on_submit = lambda row: (setting.scheduler.submits.put(row), echo(setting, row))[0]

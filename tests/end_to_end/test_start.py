@@ -1,6 +1,8 @@
 """How executors begin and end where threads, callbacks and odd surroundings cross."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -84,3 +86,41 @@ def test_a_failing_iterable_of_futures_leaves_no_request_behind() -> None:
             executor.cancel(futures())  # type: ignore[arg-type]
         assert other.result(DEADLINE_S) == 32
         assert running.cancelled()
+
+
+EXIT_WITH_CALLBACKS = """
+import time
+from scaler_executor import ScalerExecutor
+executor = ScalerExecutor(1)
+for number in range(4):
+    executor.submit(time.sleep, 0.05).add_done_callback(lambda future: print("called", flush=True))
+"""
+
+SHUTDOWN_WITHOUT_WAITING = """
+import time
+from scaler_executor import ScalerExecutor
+executor = ScalerExecutor(1)
+def call_back(future):
+    time.sleep(0.2)
+    print("called", flush=True)
+for number in range(4):
+    executor.submit(abs, number).add_done_callback(call_back)
+executor.shutdown(wait=False)
+"""
+
+
+@pytest.mark.parametrize("program", [EXIT_WITH_CALLBACKS, SHUTDOWN_WITHOUT_WAITING], ids=["exit", "shutdown"])
+def test_callbacks_of_accepted_calls_run_before_the_interpreter_exits(program: str) -> None:
+    """Each accepted call is made and each callback runs, though the first of them comes when the program has ended."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stdout.count("called"), done.stderr) == (0, 4, "")
+
+
+def test_standard_input_is_closed() -> None:
+    """A program without standard input, as a daemon's, has workers like any other."""
+    program = (
+        "from scaler_executor import ScalerExecutor\nwith ScalerExecutor(1) as e: print(e.submit(pow, 2, 5).result())"
+    )
+    command = ["sh", "-c", f"exec {sys.executable} -c '{program}' <&-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "32\n", "")
