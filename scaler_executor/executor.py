@@ -96,7 +96,7 @@ class ScalerExecutor(Executor):
         max_workers = operator.index(max_workers)
         self._max_workers = max_workers
         cluster = EmbeddedCluster(
-            max_workers, start_method, initializer, initargs, mp_context, max_tasks_per_child, float(cancel_grace)
+            max_workers, start_method, initializer, initargs, max_tasks_per_child, float(cancel_grace)
         )
         try:
             from scaler_executor.runtime.calls import CallPickler

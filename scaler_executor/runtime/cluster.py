@@ -61,7 +61,6 @@ class EmbeddedCluster:
         max_workers: So many workers at once.
         start_method: "fork": workers are forks of this process as it is now. Anything else: of a fresh interpreter.
         initializer, initargs: Run in each worker before its first call.
-        mp_context: The multiprocessing context that `start_method` came from, or None.
         max_tasks_per_child: A worker is replaced after so many calls; None: never.
         cancel_grace_s: Time for a cancelled call to unwind before its process is killed.
 
@@ -76,7 +75,6 @@ class EmbeddedCluster:
         start_method: str,
         initializer: Callable[..., Any] | None,
         initargs: tuple[Any, ...],
-        mp_context: Any,
         max_tasks_per_child: int | None,
         cancel_grace_s: float,
     ) -> None:

@@ -57,7 +57,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         assert executor.submit(pow, 2, 5).result(DEADLINE_S) == 32
 
 
-@pytest.mark.skipif(sys.version_info[:2] == (3, 13), reason="3.13.0 itself cannot import in a removed directory")
+@pytest.mark.skipif(sys.version_info[:2] == (3, 13), reason="3.13.0 cannot import socket in a removed directory")
 def test_the_working_directory_is_gone(tmp_path: "os.PathLike[str]") -> None:
     """An executor can be made where there is no current directory any more."""
     before = os.getcwd()
