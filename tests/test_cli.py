@@ -69,7 +69,7 @@ def test_demo_fails_when_something_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(demo, "_SAMPLE_BYTES", 500_000)
     monkeypatch.setattr(demo, "kill_worker", os.getpid)
     assert main(["demo", "--workers", "2"]) == 1
-    assert re.search(r"WRONG +crash of a worker", capsys.readouterr().out)
+    assert re.search(r"WRONG +crash in a map", capsys.readouterr().out)
 
 
 def test_sources_are_always_the_same(tmp_path: Path):

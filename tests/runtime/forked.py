@@ -242,13 +242,18 @@ def _fd_numbers() -> list[int]:
     return [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
+def state_of(pid: int) -> str:
+    """Return the letter that proc(5) gives for a process's state, "" for none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][:1]
+    except OSError:
+        return ""
+
+
 def is_alive(pid: int) -> bool:
     """Tell whether a process runs; a zombie does not."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] != b"Z"
-    except OSError:
-        return False
+    return state_of(pid) not in ("", "Z")
 
 
 def await_death(pid: int) -> None:

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
-from forked import Agent, Handle, await_death, is_alive, journal, kill_self
+from forked import Agent, Handle, await_death, is_alive, journal, kill_self, state_of
 
 from scaler_executor.protocol.messages import FreezeWorker, InterruptWorker, KillWorker
 from scaler_executor.protocol.page import (
@@ -325,15 +326,26 @@ def test_initializer_that_fails(clean: None) -> None:
     agent.close()
 
 
-def test_stop_deadline(clean: None) -> None:
-    """A worker that neither stops nor dies in time would be stuck; one that does is never reported so."""
-    agent = Agent(stop_deadline_s=0.0)
+def begin_unstoppable(path: str) -> None:
+    """Stand in a system call that no stop interrupts: a vfork whose child waits for a writer of its FIFO."""
+    journal[BEGUN] = 1
+    os.waitpid(os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, path, os.O_RDONLY, 0)]), 0)
+
+
+def test_stop_deadline(clean: None, tmp_path: Path) -> None:
+    """A worker that does not stop in time is reported as stuck, and runs on."""
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    agent = Agent(stop_deadline_s=0.05)
     worker = agent.fork()
-    seq = worker.call(begin)
+    seq = worker.call(begin_unstoppable, path)
     begun(agent)
+    agent.wait(lambda: state_of(worker.pid) == "D")
     freeze(agent, worker, kill=seq)
-    agent.wait(lambda: worker.exited is not None)
-    assert worker.frozen[0].killed
+    assert worker.frozen[0].stuck and not worker.frozen[0].killed
+    with open(path, "w"):
+        assert worker.value_of(seq) is None
+    assert worker.value_of(worker.call(square, 3)) == 9
     agent.close()
 
 
