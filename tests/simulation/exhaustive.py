@@ -29,6 +29,9 @@ TIMES = {"_look_at", "grace_due", "portion_since", "_fence_at", "idle_since"}
 #: Attributes that say nothing about what can happen next.
 IRRELEVANT = {"_now", "now", "_story", "_out", "stale", "victims", "starts", "load_s", "tries"}
 
+#: Steps that write words which mean something only while a call is in progress, when none is.
+UNSEEN = {"reset_item", "set_stop", "clear_item"}
+
 Action = tuple[Any, ...]
 
 
@@ -72,6 +75,17 @@ class Small(Cluster):
     def is_a_call(self, action: Action) -> bool:
         """Tell whether this is the step of a worker that has been given something to do."""
         return action[0] == "step" and bool(self.agents[0].workers[action[1]].inbox)
+
+    def step(self, worker: SimWorker) -> None:
+        """Let a worker take its next step, and the ones behind it that nobody can tell apart from it."""
+        super().step(worker)
+        while worker.pc in UNSEEN and worker.can_step() and not worker.signal:
+            super().step(worker)
+
+    def ring(self, worker: SimWorker) -> None:
+        """Ring the bell, which stays rung until somebody looks."""
+        if ("bell", worker.agent, worker.worker_id) not in self.queues:
+            super().ring(worker)
 
     # Actions
 
