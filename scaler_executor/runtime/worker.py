@@ -403,10 +403,7 @@ class Worker:
             self._ring()
 
     def _write_unwound(self, seq: int, item: int) -> None:
-        """Say that the call has unwound: its process group is killed then, so the process's own clean-up comes
-        first."""
-        _abandon_children()
-        _finalize()
+        """Say that the call has unwound. What is left of it ends with the process, and is killed where it does not."""
         self._write(_pack(0, seq, item, 0, RECORD_UNWOUND))
 
     def _batch_end(self) -> bytes:
@@ -513,18 +510,13 @@ def _abandon_children() -> None:
         process._children.clear()
 
 
-def _finalize() -> None:
-    """Clean up as a child of multiprocessing does at its end: its finalizers run, those of the interpreter do not."""
-    util: Any = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        util._exit_function()
-    _flush_streams()
-
-
 def _exit() -> NoReturn:
-    """End as a child of multiprocessing ends."""
+    """End as a child of multiprocessing ends: its finalizers run, those of the interpreter do not."""
     try:
-        _finalize()
+        util: Any = sys.modules.get("multiprocessing.util")
+        if util is not None:
+            util._exit_function()
+        _flush_streams()
     finally:
         os._exit(0)
 
