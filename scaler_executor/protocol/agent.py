@@ -213,13 +213,10 @@ class AgentState:
 
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
+        if not self._stopping and self._hire_at is None and self._fence_at is None:
+            return self._look_at  # the common case
         deadlines = [call.grace_due for call in self._stopping.values()]
-        if self._hire_at is not None:
-            deadlines.append(self._hire_at)
-        if self._look_at is not None:
-            deadlines.append(self._look_at)
-        if self._fence_at is not None:
-            deadlines.append(self._fence_at)
+        deadlines += [at for at in (self._hire_at, self._look_at, self._fence_at) if at is not None]
         return min(deadlines, default=None)
 
     def story(self, task_id: int) -> list[Transition]:

@@ -136,6 +136,11 @@ class AgentRuntime:
         """Return when `handle(Tick())` is due, or None."""
         return self._state.next_deadline()
 
+    @property
+    def outstanding(self) -> int:
+        """Number of tasks that are here."""
+        return self._state.outstanding
+
     def drain(self) -> None:
         """Take nothing more, let workers end."""
         self.handle(protocol.Drain())

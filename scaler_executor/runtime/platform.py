@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import sys
+import time
 from typing import Any, Final
 
 from scaler_executor.protocol.page import PAGE_BYTES, PAGE_WORDS
@@ -57,6 +58,14 @@ def become_subreaper() -> None:
     """Make orphaned descendants children of this process, so that it can reap them."""
     if _prctl is not None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def yield_core() -> None:
+    """Let whoever waits for this core go first."""
+    if PORTABLE:
+        time.sleep(0)
+    else:
+        os.sched_yield()
 
 
 def pidfd_open(pid: int) -> int:

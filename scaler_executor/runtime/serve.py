@@ -22,7 +22,7 @@ from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.messages import ClientMessage, Hello, InheritanceLost, Message
-from scaler_executor.runtime import log
+from scaler_executor.runtime import log, platform
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
@@ -68,13 +68,16 @@ class Server:
             is_ending=self._is_ending,
             on_drained=self._loop.stop,
         )
+        #: Of cores that may be spun on: one alone is wanted by whoever is waited for.
+        cpu_count = platform.cpu_count_usable()
+        self._cpu_count = cpu_count if cpu_count > 1 else 0
         self._loop.watch(sock.fileno(), self._on_client)
         self._loop.watch(client_pidfd, self._client_died)
         self._feed_scheduler(scheduler_protocol.Received(AGENT, Hello("agent")))
 
     def run(self) -> None:
         """Serve until the client is gone and the workers are too."""
-        self._loop.run(self._next_deadline, self._on_deadline, self._exchange)
+        self._loop.run(self._next_deadline, self._on_deadline, self._exchange, self._may_spin)
         self._agent.close()
 
     # Between scheduler and agent
@@ -113,6 +116,10 @@ class Server:
     def _on_deadline(self) -> None:
         self._agent.handle(agent_protocol.Tick())
         self._feed_scheduler(scheduler_protocol.Tick())
+
+    def _may_spin(self) -> bool:
+        """Tell whether fewer cores are wanted than there are."""
+        return self._agent.outstanding < self._cpu_count
 
     # The client
 

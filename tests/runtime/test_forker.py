@@ -329,7 +329,9 @@ def test_initializer_that_fails(clean: None) -> None:
 def begin_unstoppable(path: str) -> None:
     """Stand in a system call that no stop interrupts: a vfork whose child waits for a writer of its FIFO."""
     journal[BEGUN] = 1
-    os.waitpid(os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, path, os.O_RDONLY, 0)]), 0)
+    os.waitpid(
+        os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, path, os.O_RDONLY, 0)]), 0
+    )
 
 
 def test_stop_deadline(clean: None, tmp_path: Path) -> None:
