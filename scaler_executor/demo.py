@@ -1,8 +1,8 @@
 """The demo: `scaler-executor demo` analyses the standard library's source files, and on the way cancels and crashes.
 
-It runs calls through nothing but the package's public names. Every run's results are compared with those of a plain loop, and what is
-not as promised makes the exit code 1. The functions that run in workers are the public ones of this module: workers
-import them by name, whatever the start method.
+It runs calls through nothing but the package's public names. Every run's results are compared with those of a plain
+loop, and what is not as promised makes the exit code 1. The functions that run in workers are the public ones of this
+module: workers import them by name, whatever the start method.
 """
 
 import ast
