@@ -99,11 +99,9 @@ class ScalerExecutor(Executor):
             max_workers, start_method, initializer, initargs, max_tasks_per_child, float(cancel_grace)
         )
         try:
-            from scaler_executor.runtime.calls import CallPickler
             from scaler_executor.runtime.client import ClientFutureManager
 
-            pickler = CallPickler(cluster.baseline)
-            self._client = ClientFutureManager(cluster, pickler, cancel_timeout_s=cancel_timeout)
+            self._client = ClientFutureManager(cluster, cluster.main, cancel_timeout_s=cancel_timeout)
         except BaseException:
             cluster.kill()
             cluster.join()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import Payload, ResultKind
+from scaler_executor.runtime.namespace import NO_NEEDS
 from scaler_executor.runtime.results import LoadFailed, read_failure, read_values
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class MapCall:
         self._function: Any = function
         self._name = getattr(function, "__qualname__", type(function).__qualname__)
         self._prepared: PreparedFunction | None = None
+        self._needs = NO_NEEDS
         self._function_id = 0
         self._items = zip(*iterables)  # noqa: B905 - the shortest decides, as in the standard library
         self._workers = max_workers
@@ -274,12 +276,20 @@ class MapCall:
         try:
             if self._prepared is None:
                 self._prepared = self._client.prepare(self._function)
-            payload = self._client.pickler.dumps_run(items)
+                self._needs = self._client.needs(self._prepared.names)
+            names: set[str] = set()
+            payload = self._client.pickler.dumps_run(items, names)
+            if names:
+                needs = self._client.needs(names | self._prepared.names)
+                if needs.definitions != self._needs.definitions:
+                    self._needs, self._function_id = needs, 0
         except Exception as error:
             self._runs.append(error)
             return
         run = MapRun(len(items), self._reader)
-        self._function_id = self._client.submit_run(self._prepared, self._function_id, len(items), payload, run)
+        self._function_id = self._client.submit_run(
+            self._prepared, self._needs, self._function_id, len(items), payload, run
+        )
         self._runs.append(run)
         self._adapt(len(items), len(payload))
 

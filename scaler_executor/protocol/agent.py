@@ -290,7 +290,10 @@ class AgentState:
     def _run(self, message: TaskRun) -> None:
         functions, calls, crew, broken = self._functions, self._calls, self._crew, self._broken
         for client_id, function in message.functions:
-            functions[client_id, function.function_id] = AgentFunction(function)
+            functions[client_id, function.function_id] = AgentFunction(
+                function,
+                lambda needed, client_id=client_id: functions.get((client_id, needed)),  # type: ignore[misc]
+            )
         append = crew.queue.append
         items_queued = 0
         for task_id, attempt, client_id, items, skip, function_id, payload in message.tasks:
@@ -303,7 +306,7 @@ class AgentState:
             if used is None:
                 if function_id:
                     raise RemoteProtocolError(f"task {task_id} names function {function_id}, which is not known")
-                used = functions[client_id, 0] = AgentFunction(Function(0, "", b"", 0))
+                used = functions[client_id, 0] = AgentFunction(Function(0, "", b"", 0), lambda _: None)
             call = calls[task_id] = Call(task_id, attempt, client_id, items, skip, used, payload)
             append(call)
             crew.queued += 1
@@ -979,10 +982,10 @@ class AgentState:
             items_given += call.items
             left -= call.items
         message = WorkerRun(rows)
-        function_id = function.function.function_id
-        if function_id and worker.known.need(function_id):
-            message.functions = [function.function]
-            message.forget = worker.known.trim()
+        known = worker.known
+        message.functions = [part for part in function.parts if known.need(part.function_id)]
+        if message.functions:
+            message.forget = known.trim()
         expected_s = (function.seconds or 0.0) * items_given
         if not worker.portions:
             worker.portion_since = self._now

@@ -7,9 +7,10 @@ Times are seconds.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
-from scaler_executor.protocol.functions import KnownFunctions
+from scaler_executor.protocol.functions import KnownFunctions, ReceivedFunction
 from scaler_executor.protocol.messages import CancelKind, Function, WorkerCallRow
 from scaler_executor.protocol.page import RING_SLOTS
 
@@ -27,13 +28,13 @@ WINDOW: Final = RING_SLOTS - 100
 SMOOTHING: Final = 0.6
 
 
-class AgentFunction:
+class AgentFunction(ReceivedFunction):
     """A function, with what this agent has measured of it."""
 
-    __slots__ = ("function", "seconds")
+    __slots__ = ("seconds",)
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, others: Callable[[int], ReceivedFunction | None]) -> None:
+        super().__init__(function, others)
         #: Expected duration of one item; None: never measured.
         self.seconds: float | None = None
 

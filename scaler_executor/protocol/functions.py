@@ -7,12 +7,45 @@ neither grows without bound.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
+
+from scaler_executor.protocol.codec import RemoteProtocolError
+from scaler_executor.protocol.messages import Function
 
 #: So many functions are remembered at a receiver; a message that needs more may exceed it until the next one.
 MAX_FUNCTIONS: Final = 512
 
 K = TypeVar("K")
+
+
+class ReceivedFunction:
+    """A function as it came from the peer before.
+
+    Args:
+        function: The function.
+        others: {id: ReceivedFunction} of those that came before it, the definitions that it needs among them.
+
+    Raises:
+        RemoteProtocolError: One of these is not there.
+    """
+
+    __slots__ = ("function", "function_id", "parts")
+
+    def __init__(self, function: Function, others: Callable[[int], ReceivedFunction | None]) -> None:
+        self.function = function
+        self.function_id = function.function_id
+        parts = []
+        for function_id in function.needs:
+            needed = others(function_id)
+            if needed is None:
+                raise RemoteProtocolError(
+                    f"function {function.function_id} needs definition {function_id}, which is not known"
+                )
+            parts.append(needed.function)
+        #: What has to be sent before it is called: the definitions, and itself. They stay, also when the peer has
+        #: forgotten them since.
+        self.parts = (*parts, function) if function.function_id else ()
 
 
 class KnownFunctions(Generic[K]):

@@ -87,6 +87,7 @@ class CallStyle(IntEnum):
     INLINE = 0  # pickle of (function, args, kwargs)
     CALL = 1  # pickle of (args, kwargs)
     MAP = 2  # pickle of (form, items): a run, see `scaler_executor.runtime.calls`
+    DEFINITION = 3  # nothing is called: others need it, see `Function`
 
 
 class Options(msgspec.Struct, array_like=True, frozen=True):
@@ -102,7 +103,9 @@ class Options(msgspec.Struct, array_like=True, frozen=True):
 class Function(msgspec.Struct, array_like=True):
     """A function as one client registered it: sent once to each process that needs it, then called by its id.
 
-    Ids count up from 1 per client and are never used again; 0 stands for calls that bring their function along.
+    Ids count up from 1 per client and are never used again; 0 stands for calls that bring their function along. A
+    definition, of a global of the client's `__main__`, is sent and forgotten like a function, but not called: it goes
+    to whoever is sent a function that needs it, before that.
     """
 
     function_id: int
@@ -110,14 +113,8 @@ class Function(msgspec.Struct, array_like=True):
     blob: WirePayload
     style: int = CallStyle.CALL
     options: Options = Options()
-
-
-class Definition(msgspec.Struct, array_like=True):
-    """A name of the client's `__main__`, versioned. Reserved: nothing sends it yet."""
-
-    name: str
-    version: int
-    blob: bytes
+    needs: list[int] = []  # definitions, by id
+    version: int = 0  # of a definition: a worker takes only what is newer than what it has
 
 
 class DeathReport(msgspec.Struct, array_like=True):
@@ -196,7 +193,6 @@ class TaskSubmit(Message, tag=5):
     tasks: list[TaskRow]
     functions: list[Function] = []
     forget: list[int] = []  # functions that no later message will name
-    definitions: list[Definition] = []
     parent: int = 0  # the task that submits these from inside a call
 
 

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from scaler_executor.protocol.codec import RemoteProtocolError
-from scaler_executor.protocol.functions import KnownFunctions
+from scaler_executor.protocol.functions import KnownFunctions, ReceivedFunction
 from scaler_executor.protocol.machine import Story, Transition, forbidden, peer_error, unreachable
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
@@ -76,7 +76,7 @@ IDLE_BEFORE_RECALL_S: Final = 0.02
 #: Clients take turns of so many tasks.
 TURN_TASKS: Final = 64
 
-_NO_FUNCTION: Final = Function(0, "", b"", 0)
+_NO_FUNCTION: Final = ReceivedFunction(Function(0, "", b"", 0), lambda _: None)
 
 CANCELED: Final = TaskCancelConfirmType.CANCELED
 NOT_FOUND: Final = TaskCancelConfirmType.CANCEL_NOT_FOUND
@@ -159,7 +159,7 @@ class Task:
         offset: int,
         items: int,
         skip: int,
-        function: Function,
+        function: ReceivedFunction,
         payload: Any,
     ) -> None:
         self.task_id = task_id
@@ -185,7 +185,7 @@ class Client:
         self.peer = peer
         self.client_id = client_id
         self.base = client_id << CLIENT_ID_SHIFT
-        self.functions: dict[int, Function] = {0: _NO_FUNCTION}
+        self.functions: dict[int, ReceivedFunction] = {0: _NO_FUNCTION}
         #: Tasks in QUEUED, next first, among entries that are GONE.
         self.queue: deque[Task] = deque()
         #: {no: {task_id: Task}} of the submitted runs of more than one item: the tasks that a run has become.
@@ -403,7 +403,7 @@ class SchedulerState:
     def _submit(self, client: Client, message: TaskSubmit) -> None:
         functions = client.functions
         for function in message.functions:
-            functions[function.function_id] = function
+            functions[function.function_id] = ReceivedFunction(function, functions.get)
         base, last_no, tasks, append = client.base, client.last_no, self._tasks, client.queue.append
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
@@ -590,7 +590,7 @@ class SchedulerState:
 
     def _retry_or_fail(self, task: Task, report: DeathReport) -> None:
         task.deaths += 1
-        if task.deaths <= task.function.options.retries:
+        if task.deaths <= task.function.function.options.retries:
             task.state, task.agent_cancel_no = ASSIGNED, 0
             self._requeue(task, new_attempt=True)
             return
@@ -813,7 +813,7 @@ class SchedulerState:
 
     def _assign(self, client: Client, agent: Agent, turn: int) -> None:
         queue, runs, known, client_id = client.queue, agent.runs, agent.known, client.client_id
-        function: Function | None = None
+        function: ReceivedFunction | None = None
         assigned = 0
         while assigned < turn and queue:
             task = queue.popleft()
@@ -824,8 +824,9 @@ class SchedulerState:
             assigned += 1
             if task.function is not function:
                 function = task.function
-                if function.function_id and known.need((client_id, function.function_id)):
-                    agent.functions.append((client_id, function))
+                for part in function.parts:
+                    if known.need((client_id, part.function_id)):
+                        agent.functions.append((client_id, part))
             runs.append(
                 (task.task_id, task.attempt, client_id, task.items, task.skip, function.function_id, task.payload)
             )

@@ -3,8 +3,8 @@
 This module knows how values become payloads and payloads values. It does not know what a message is or who is asked to
 run what. Unpickling runs code of the peer's choosing: only the user's own process and its workers import this module.
 
-The C pickler goes first. cloudpickle is imported and used only for what pickle refuses (lambdas, closures, local
-classes) and for what would not be found under its name on the other side (`__main__`).
+The C pickler goes first. What it refuses (lambdas, closures, local classes) and what names `__main__` goes through the
+picklers of `namespace`, which import cloudpickle only for what they cannot do by themselves.
 
 A run of items travels as the pickle of (form, items), see `RunForm`. The results of a run come back as pickles one
 behind the other.
@@ -12,7 +12,6 @@ behind the other.
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 import traceback
@@ -25,6 +24,7 @@ from typing import Any, Final
 from scaler_executor.errors import RemoteError
 from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import Frames, Payload
+from scaler_executor.runtime.namespace import Names, dumps_by_name
 
 PROTOCOL: Final = 5
 #: Values of exactly these types hold no reference to anything mutable, and pickle without running code of the user's.
@@ -43,76 +43,25 @@ class RunForm(IntEnum):
     PICKLED = 2  # (pickle of the argument tuple, number of its frames), or (pickle of an exception, -1)
 
 
-def main_baseline() -> dict[str, Any]:
-    """Return the functions and classes of this process's `__main__`, which workers forked from it from now on have as
-    well."""
-    namespace = getattr(sys.modules.get("__main__"), "__dict__", {})
-    return {name: value for name, value in list(namespace.items()) if isinstance(value, (type, FunctionType))}
-
-
-class MainByBaseline:
-    """Decides which objects of `__main__` the other side finds by name: those that it inherited and that still have
-    that name here.
-
-    Args:
-        baseline: What `main_baseline` returned when the workers' common ancestor was forked; None if they inherit
-        nothing.
-    """
-
-    def __init__(self, baseline: dict[str, Any] | None) -> None:
-        self._baseline = baseline
-
-    def holds(self, value: Any) -> bool:
-        """Tell whether a function or class of `__main__` is found by name."""
-        if self._baseline is None:
-            return False
-        top, *rest = value.__qualname__.split(".")
-        found = self._baseline.get(top)
-        return found is not None and found is _main_namespace().get(top) and _descend(found, rest) is value
-
-    def holds_all(self) -> bool:
-        """Tell whether every function and class of `__main__` is: then C pickle's output is right as it is."""
-        baseline = self._baseline
-        if baseline is None:
-            return False
-        for name, value in list(_main_namespace().items()):
-            if isinstance(value, (type, FunctionType)) and baseline.get(name) is not value:
-                return False
-        return True
-
-
-def _main_namespace() -> dict[str, Any]:
-    return getattr(sys.modules.get("__main__"), "__dict__", {})
-
-
-def _descend(value: Any, names: list[str]) -> Any:
-    for name in names:
-        value = getattr(value, name, None)
-    return value
-
-
 class CallPickler:
     """Pickles what travels between the user's process and its workers. Thread-safe.
 
     Args:
-        baseline: See `MainByBaseline`.
+        main: Decides what of `__main__` travels by name.
         copy_buffers: Whether out-of-band buffers are copied, as they must be unless the payload is written before
         anybody can change them.
     """
 
-    def __init__(self, baseline: dict[str, Any] | None, *, copy_buffers: bool = True) -> None:
-        self._main = MainByBaseline(baseline)
+    def __init__(self, main: Names, *, copy_buffers: bool = True) -> None:
+        self._main = main
         self._copy_buffers = copy_buffers
-        #: The pickler class for the second attempt; made when first needed, since it imports cloudpickle.
-        self._by_value_pickler: Any = None
 
-    def forget_baseline(self) -> None:
-        """From now on nothing of `__main__` is found by name."""
-        self._main = MainByBaseline(None)
-        self._by_value_pickler = None
-
-    def dumps(self, value: Any) -> Payload:
+    def dumps(self, value: Any, names: set[str] | None = None) -> Payload:
         """Return the payload of any value.
+
+        Args:
+            value: Anything.
+            names: Is given the globals of `__main__` that the payload needs.
 
         Raises:
             Exception: What pickle raises: PicklingError, TypeError, AttributeError, or whatever the value's own methods
@@ -126,7 +75,7 @@ class CallPickler:
         def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
             return not self._place(buffer, buffers)
 
-        data = self._dumps(value, keep_in_band, buffers)
+        data = self._dumps(value, keep_in_band, buffers, names)
         if buffers or len(data) > INLINE_BYTES:
             return Frames([data, *buffers])
         return data
@@ -143,15 +92,15 @@ class CallPickler:
             return None
         return data if len(data) <= INLINE_BYTES and b"__main__" not in data else None
 
-    def dumps_in_band(self, value: Any) -> bytes:
-        """Return one pickle of any size; errors as `dumps`."""
-        return self._dumps(value, None, [])
+    def dumps_in_band(self, value: Any, names: set[str] | None = None) -> bytes:
+        """Return one pickle of any size; `names` and errors as `dumps`."""
+        return self._dumps(value, None, [], names)
 
-    def dumps_call(self, value: tuple[Any, ...]) -> Payload:
+    def dumps_call(self, value: tuple[Any, ...], names: set[str] | None = None) -> Payload:
         """Return the payload of (args, kwargs) or (function, args, kwargs); as `dumps`, and an error names the
         argument."""
         try:
-            return self.dumps(value)
+            return self.dumps(value, names)
         except Exception as error:
             *function, args, kwargs = value
             parts = [(f"function {name_of(part)}", part) for part in function]
@@ -160,8 +109,8 @@ class CallPickler:
             self._name_culprit(error, parts)
             raise
 
-    def dumps_run(self, items: list[tuple[Any, ...]]) -> Payload:
-        """Return the payload of a run: for each item, its arguments.
+    def dumps_run(self, items: list[tuple[Any, ...]], names: set[str] | None = None) -> Payload:
+        """Return the payload of a run: for each item, its arguments; `names` as in `dumps`.
 
         Items of plain values share one pickle. Any others are pickled one by one: then two items share no object, and
         an item that does not pickle raises in its own call.
@@ -176,7 +125,7 @@ class CallPickler:
         buffers: list[Any] = []
         for item in items:
             try:
-                payload = self.dumps(item)
+                payload = self.dumps(item, names)
             except Exception as error:
                 self._name_culprit(error, [(f"argument {index}", part) for index, part in enumerate(item)])
                 pickled.append((_dumps_exception(self, error, trace=""), -1))
@@ -189,10 +138,10 @@ class CallPickler:
         data = _dumps((int(RunForm.PICKLED), pickled), PROTOCOL)
         return Frames([data, *buffers]) if buffers else _as_payload(data)
 
-    def dumps_function(self, function: Any) -> Payload:
+    def dumps_function(self, function: Any, names: set[str] | None = None) -> Payload:
         """Return the payload of a callable; as `dumps`, and an error names it."""
         try:
-            return self.dumps(function)
+            return self.dumps(function, names)
         except Exception as error:
             _add_note(error, f"while pickling the function {name_of(function)}")
             raise
@@ -204,29 +153,23 @@ class CallPickler:
         if module is None:
             return False
         if module_name == "__main__":
-            return self._main.holds(function)
-        return _descend(module, function.__qualname__.split(".")) is function
+            return self._main.find(function) is not None
+        found: Any = module
+        for name in function.__qualname__.split("."):
+            found = getattr(found, name, None)
+        return found is function
 
-    def _dumps(self, value: Any, keep_in_band: Callable[[Any], bool] | None, buffers: list[Any]) -> bytes:
+    def _dumps(
+        self, value: Any, keep_in_band: Callable[[Any], bool] | None, buffers: list[Any], names: set[str] | None
+    ) -> bytes:
         try:
             data = _dumps(value, PROTOCOL, buffer_callback=keep_in_band)
-            if b"__main__" not in data or self._main.holds_all():
+            if b"__main__" not in data:
                 return data
-            refused = None
-        except Exception as error:
-            refused = error
+        except Exception:
+            pass  # a lambda, say; what refuses it in the end says why
         buffers.clear()
-        try:
-            if self._by_value_pickler is None:
-                self._by_value_pickler = _make_by_value_pickler(self._main)
-            with io.BytesIO() as file:
-                self._by_value_pickler(file, PROTOCOL, keep_in_band).dump(value)
-                return file.getvalue()
-        except ImportError:
-            raise refused or pickle.PicklingError("cloudpickle is not installed") from None
-        except Exception as error:
-            # cloudpickle refuses less: what it names is the real obstacle. C pickle may have stopped at a mere lambda.
-            raise error from None
+        return dumps_by_name(value, keep_in_band, buffers, self._main, set() if names is None else names)
 
     def _place(self, buffer: pickle.PickleBuffer, buffers: list[Any]) -> bool:
         """Put a large buffer out of band. Return False if it is to stand in the pickle."""
@@ -277,19 +220,6 @@ def _large_view(buffer: pickle.PickleBuffer) -> memoryview | None:
     return view if len(view) > INLINE_BYTES else None
 
 
-def _make_by_value_pickler(main: MainByBaseline) -> Any:
-    """Return cloudpickle's pickler, taught that some of `__main__` is found by name."""
-    import cloudpickle
-
-    class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def reducer_override(self, value: Any) -> Any:
-            if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__" and main.holds(value):
-                return NotImplemented
-            return super().reducer_override(value)
-
-    return ByValuePickler
-
-
 def _are_plain(values: list[Any]) -> bool:
     types = set(map(type, values))
     if tuple not in types:
@@ -317,7 +247,7 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__qualname__", None) or f"{type(function).__qualname__} object")
 
 
-def _add_note(error: Exception, note: str) -> None:
+def _add_note(error: BaseException, note: str) -> None:
     """Add to what is printed below the error; before Python 3.11, to its text."""
     if sys.version_info >= (3, 11):
         error.add_note(note)
@@ -345,11 +275,14 @@ class LoadFailed:
         self.error = error
 
 
-def dumps_exception(pickler: CallPickler, error: BaseException) -> Payload:
-    """Return the payload of an exception and its traceback, tested to survive the way. Never raises.
+def dumps_exception(pickler: CallPickler, error: BaseException, note: str | None = None) -> Payload:
+    """Return the payload of an exception and its traceback, with a note if there is one, tested to survive the way.
+    Never raises.
 
     An exception that does not come back as an exception is sent as type name, text and traceback, see `RemoteError`.
     """
+    if note is not None:
+        _add_note(error, note)
     return _as_payload(_dumps_exception(pickler, error, trace=_format_traceback(error)))
 
 

@@ -26,7 +26,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -71,6 +71,7 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.runtime import log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
+from scaler_executor.runtime.namespace import MainDefinitions, Needs
 from scaler_executor.runtime.platform import Bell
 from scaler_executor.runtime.results import LOST
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
@@ -147,20 +148,21 @@ class ClientFutureManager:
 
     Args:
         cluster: Started; the client waits for its end.
-        pickler: Pickles calls and functions.
+        main: What of `__main__` workers have, and what they are to be sent.
         cancel_timeout_s: How long `cancel()` waits by default, None for no limit.
     """
 
-    def __init__(self, cluster: Cluster, pickler: CallPickler, *, cancel_timeout_s: float | None) -> None:
+    def __init__(self, cluster: Cluster, main: MainDefinitions, *, cancel_timeout_s: float | None) -> None:
         self.cancel_timeout_s = cancel_timeout_s
-        self.pickler = pickler
+        self.pickler = pickler = CallPickler(main)
+        self._main = main
         self._dumps_small = pickler.dumps_small
         self._cluster = cluster
         #: Makes the exception with which new calls are refused; None while they are accepted. Changed under `_lock`.
         self._refusal: Callable[[], Exception] | None = None
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
-        self._functions = FunctionTable(pickler)
+        self._functions = FunctionTable(pickler, main)
         #: Ids that have not been forgotten. Under `_lock`.
         self._live_functions: set[int] = set()
         #: Under `_lock`.
@@ -252,11 +254,14 @@ class ClientFutureManager:
         self.check_open()
         try:
             prepared = self._functions.prepare(function, CallStyle.CALL)
-            payload = self.pickler.dumps_call((function, args, kwargs) if prepared.blob is None else (args, kwargs))
+            names = set(prepared.names)
+            call = (function, args, kwargs) if prepared.blob is None else (args, kwargs)
+            payload = self.pickler.dumps_call(call, names)
+            needs = self._main.needs(names)
         except Exception as error:
             return _failed_future(error)
         with self._lock:
-            function_id = self._register(prepared)
+            function_id = self._register(prepared, needs)
             no = self._take_numbers(1)
             future = self._futures[no] = make_future(self, no, prepared.name)
             self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
@@ -264,12 +269,15 @@ class ClientFutureManager:
             self._wake()
         return future
 
-    def submit_run(self, prepared: PreparedFunction, function_id: int, items: int, payload: Payload, run: Run) -> int:
+    def submit_run(
+        self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
+    ) -> int:
         """Queue a run and number it. Return the function's id, for the next run of the same map.
 
         Args:
             prepared: The function, style MAP.
-            function_id: What the last call returned for this function, 0 at first.
+            needs: The definitions that it and its items need.
+            function_id: What the last call returned for this function and these needs, 0 at first.
             items: Number of items in the payload.
             payload: From `CallPickler.dumps_run`.
             run: Is told what becomes of the items.
@@ -279,7 +287,7 @@ class ClientFutureManager:
         """
         with self._lock:
             if function_id not in self._live_functions:
-                function_id = self._register(prepared)
+                function_id = self._register(prepared, needs)
             no = run.task_no = self._take_numbers(items)
             self._runs[no] = run
             self._batch.tasks.append((no, items, function_id, payload))  # type: ignore[arg-type]
@@ -290,6 +298,10 @@ class ClientFutureManager:
     def prepare(self, function: Any) -> PreparedFunction:
         """Make a function ready for `submit_run`; raises what does not pickle."""
         return self._functions.prepare(function, CallStyle.MAP)
+
+    def needs(self, names: Iterable[str]) -> Needs:
+        """Return the definitions that these globals of `__main__` need now."""
+        return self._main.needs(names)
 
     def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
         """Pass cancel requests on, by task number. Never waits."""
@@ -441,11 +453,11 @@ class ClientFutureManager:
         except OSError:
             pass  # the socket is full, or the scheduler gone: the I/O thread goes on from here
 
-    def _register(self, prepared: PreparedFunction) -> int:
-        """Return the function's id; queue the function if it is new. Under `_lock`, until the call is queued."""
-        function_id, message, forgotten = self._functions.register(prepared)
-        if message is not None:
-            self._batch.functions.append(message)
+    def _register(self, prepared: PreparedFunction, needs: Needs) -> int:
+        """Return the function's id; queue what is new. Under `_lock`, until the call is queued."""
+        function_id, messages, forgotten = self._functions.register(prepared, needs)
+        if messages:
+            self._batch.functions += messages
             self._live_functions.add(function_id)
         if forgotten:
             self._batch.forget += forgotten
@@ -682,12 +694,12 @@ class ClientFutureManager:
         self._refuse(lambda: _make_start_error(reason))
 
     def _on_disinherited(self, reason: str) -> None:
-        self.pickler.forget_baseline()
+        self._main.forget_inherited()
         with self._lock:
             forgotten = self._functions.forget_main()
             self._batch.forget += forgotten
             self._live_functions.difference_update(forgotten)
-        log.warn("client", "%s; functions and classes of __main__ are sent by value from now on", reason)
+        log.warn("client", "%s; functions and classes of __main__ are sent from now on", reason)
 
     # Sending
 

@@ -17,9 +17,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scaler_executor.runtime import platform
+
+if TYPE_CHECKING:
+    from scaler_executor.runtime.namespace import MainDefinitions
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path
@@ -79,8 +82,6 @@ class EmbeddedCluster:
         cancel_grace_s: float,
     ) -> None:
         self._forker_pid: int | None = None
-        #: See `calls.MainByBaseline`; None where workers are not forks of this process.
-        self.baseline: dict[str, Any] | None = None
         is_fork = start_method == "fork"
         placeholders = _fill_standard_descriptors()
         control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if is_fork else (None, None)
@@ -96,19 +97,27 @@ class EmbeddedCluster:
         try:
             self._serve_pid = _start_serve(read_fd, inherited)
             self.death_fd = platform.pidfd_open(self._serve_pid)
-            pickled = None
+            # Imported now, while serve starts.
+            from scaler_executor.runtime.namespace import MainDefinitions, snapshot
+
+            inherited_main = snapshot() if is_fork else None
+            #: What of `__main__` workers have, and what they are to be sent.
+            self.main = MainDefinitions(inherited_main)
+            initializer_pickle: bytes | None = None
+            definitions: list[tuple[str, int, list[Any]]] = []
             if control is not None:
                 ours = [client_pidfd, read_fd, write_fd, self.death_fd, self.socket.fileno()]
                 ours += [end.fileno() for end in ends if end is not control]
-                self._fork_forker(control, initializer, initargs, ours)
+                self._fork_forker(control, initializer, initargs, inherited_main, ours)
             elif initializer is not None:
-                pickled = _pickle_initializer(initializer, initargs)
+                initializer_pickle, definitions = _pickle_initializer(initializer, initargs, self.main)
             config = {
                 "max_workers": max_workers,
                 "max_tasks_per_child": max_tasks_per_child,
                 "cancel_grace_s": cancel_grace_s,
                 "start_method": start_method,
-                "initializer_pickle": pickled,
+                "initializer_pickle": initializer_pickle,
+                "definitions": definitions,
                 "has_initializer": initializer is not None,
                 "sys_path": [str(entry) for entry in sys.path],
                 "cwd": _working_directory(),
@@ -142,14 +151,13 @@ class EmbeddedCluster:
         control: socket.socket,
         initializer: Callable[..., Any] | None,
         initargs: tuple[Any, ...],
+        inherited_main: dict[str, tuple[Any, int]] | None,
         not_inherited: list[int],
     ) -> None:
-        from scaler_executor.runtime.calls import main_baseline
         from scaler_executor.runtime.forker import fork_forker
         from scaler_executor.runtime.worker import WorkerConfig
 
-        self.baseline = main_baseline()
-        config = WorkerConfig(initializer=initializer, initargs=initargs, baseline=self.baseline)
+        config = WorkerConfig(initializer=initializer, initargs=initargs, inherited_main=inherited_main)
         self._forker_pid = fork_forker(config, control, not_inherited)
 
     def join(self) -> str:
@@ -205,10 +213,18 @@ def _working_directory() -> str | None:
         return None  # it has been removed
 
 
-def _pickle_initializer(initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> bytes:
+def _pickle_initializer(
+    initializer: Callable[..., Any], initargs: tuple[Any, ...], main: MainDefinitions
+) -> tuple[bytes, list[tuple[str, int, list[Any]]]]:
+    """Return the pickle of (initializer, initargs) and the definitions that it needs, as (name, version, buffers)."""
     from scaler_executor.runtime.calls import CallPickler
 
-    return CallPickler(None).dumps_in_band((initializer, initargs))
+    names: set[str] = set()
+    pickled = CallPickler(main).dumps_in_band((initializer, initargs), names)
+    return pickled, [
+        (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))
+        for definition in main.needs(names).definitions
+    ]
 
 
 def _write_all(fd: int, data: bytes) -> None:

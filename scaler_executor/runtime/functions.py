@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from scaler_executor.protocol.messages import CallStyle, Function, Payload
 from scaler_executor.runtime.calls import CallPickler, name_of
+from scaler_executor.runtime.namespace import NO_NEEDS, Definition, MainDefinitions, Needs
 
 MAX_FUNCTIONS: Final = 512
 MAX_FUNCTION_BYTES: Final = 64 << 20
@@ -24,19 +25,32 @@ class PreparedFunction(NamedTuple):
     style: CallStyle
     name: str
     blob: Payload | None  # None: carried by each call
+    names: frozenset[str] = frozenset()  # globals of `__main__` that it needs
 
 
 class KnownFunction:
     """A function that has an id. Also in use while it is not known any more, by whoever found it before."""
 
-    __slots__ = ("_attributes", "_module_name", "function", "function_id", "is_known", "name", "size_bytes", "was_used")
+    __slots__ = (
+        "_attributes",
+        "_module_name",
+        "function",
+        "function_id",
+        "is_known",
+        "name",
+        "needs",
+        "size_bytes",
+        "was_used",
+    )
 
-    def __init__(self, function: Any, function_id: int, name: str, size_bytes: int) -> None:
+    def __init__(self, function: Any, function_id: int, name: str, size_bytes: int, needs: Needs) -> None:
         #: Kept alive, since its id() is the key; None where the key is a blob.
         self.function = function
         self.function_id = function_id
         self.name = name
         self.size_bytes = size_bytes
+        #: The definitions that were current when it was registered.
+        self.needs = needs
         #: Until it is evicted.
         self.is_known = True
         #: Since the eviction last came by.
@@ -64,48 +78,33 @@ class FunctionTable:
     """
 
     def __init__(
-        self, pickler: CallPickler, *, max_functions: int = MAX_FUNCTIONS, max_bytes: int = MAX_FUNCTION_BYTES
+        self,
+        pickler: CallPickler,
+        main: MainDefinitions,
+        *,
+        max_functions: int = MAX_FUNCTIONS,
+        max_bytes: int = MAX_FUNCTION_BYTES,
     ) -> None:
         self._pickler = pickler
+        self._main = main
         self._max_functions = max_functions
         self._max_bytes = max_bytes
-        #: {key: entry}, those first that the eviction looks at first. The key is (id(function), style), (blob, style)
-        #: or
-        #: an object of its own.
+        #: {key: entry}, those first that the eviction looks at first. The key is (id(function), style, definitions),
+        #: (blob, style, definitions) or an object of its own.
         self._entries: OrderedDict[Any, KnownFunction] = OrderedDict()
         #: The entries of style CALL that are known by identity, by id(function).
         self._calls: dict[int, KnownFunction] = {}
+        #: {definition: (id, entries that need it)}
+        self._definitions: dict[Definition, tuple[int, int]] = {}
         self._total_bytes = 0
         self._last_id = 0
-
-    def lookup(self, function: Any, style: CallStyle) -> tuple[int, Function | None, list[int]]:
-        """Return the id to call it by, the message if it is new, and the ids that are forgotten for it.
-
-        Id 0 (style CALL only) means that the caller pickles (function, args, kwargs) together, which keeps the identity
-        of what they share: bound methods, partials, callable instances.
-
-        Raises:
-            Exception: What `CallPickler.dumps` raises.
-        """
-        known = self.known_id(function, style)
-        if known:
-            return known, None, []
-        return self.register(self.prepare(function, style))
-
-    def known_id(self, function: Any, style: CallStyle) -> int:
-        """Return the id of a function that is known by identity, or 0: it is to be prepared and registered."""
-        entry = self._entries.get((id(function), style))
-        if entry is None or not entry.is_current():
-            return 0
-        entry.was_used = True
-        return entry.function_id
 
     def find_call(self, function: Any) -> KnownFunction | None:
         """Return the entry of a function of style CALL that is known by identity. Needs no lock, but then `is_known`
         has
         to be looked at once more under the lock."""
         entry = self._calls.get(id(function))
-        if entry is None or not entry.is_current():
+        if entry is None or not entry.is_current() or not self._main.are_current(entry.needs):
             return None
         entry.was_used = True
         return entry
@@ -116,56 +115,97 @@ class FunctionTable:
         Raises:
             Exception: What `CallPickler.dumps` raises.
         """
-        is_definition = isinstance(function, (FunctionType, type))
-        is_named = (is_definition or type(function) is BuiltinFunctionType) and self._pickler.finds_by_name(function)
-        if not is_named and not is_definition and style is CallStyle.CALL:
+        is_code = isinstance(function, (FunctionType, type))
+        is_named = (is_code or type(function) is BuiltinFunctionType) and self._pickler.finds_by_name(function)
+        if not is_named and not is_code and style is CallStyle.CALL:
             return PreparedFunction(None, CallStyle.INLINE, name_of(function), None)
-        blob = self._pickler.dumps_function(function)
-        return PreparedFunction(function if is_named else None, style, name_of(function), blob)
+        names: set[str] = set()
+        blob = self._pickler.dumps_function(function, names)
+        return PreparedFunction(function if is_named else None, style, name_of(function), blob, frozenset(names))
 
-    def register(self, prepared: PreparedFunction) -> tuple[int, Function | None, list[int]]:
-        """Do the rest of `lookup`."""
-        function, style, name, blob = prepared
+    def register(self, prepared: PreparedFunction, needs: Needs = NO_NEEDS) -> tuple[int, list[Function], list[int]]:
+        """Return the id to call it by, the messages if it is new, and the ids that are forgotten for it.
+
+        Id 0 (style CALL only) means that the caller pickles (function, args, kwargs) together, which keeps the identity
+        of what they share: bound methods, partials, callable instances.
+
+        Args:
+            prepared: From `prepare`.
+            needs: Of the function and of what it is called with.
+        """
+        function, style, name, blob, _ = prepared
+        definitions = needs.definitions
         if blob is None:
-            return 0, None, []
+            if not definitions:
+                return 0, [], []
+            blob = b""
         if function is not None:
-            key: Any = (id(function), style)
+            key: Any = (id(function), style, definitions)
         elif isinstance(blob, bytes):
-            key = (blob, style)
+            key = (blob, style, definitions)
         else:
             key = object()  # comparing a large pickle would cost more than to send it once more
         entry = self._entries.get(key)
         if entry is not None:
             entry.was_used = True
-            return entry.function_id, None, []
+            if entry.function is not None and style is CallStyle.CALL:
+                self._calls[id(function)] = entry
+            return entry.function_id, [], []
+        messages: list[Function] = []
+        ids = [self._define(definition, messages) for definition in definitions]
         self._last_id += 1
-        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob))
+        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs)
+        forgotten: list[int] = []
         if function is not None and style is CallStyle.CALL:
+            before = self._calls.get(id(function))
             self._calls[id(function)] = entry
+            if before is not None and before.needs.names == needs.names:
+                # Of an older version of what it needs: nobody will ask for it again.
+                forgotten += self._drop((id(function), style, before.needs.definitions))
         self._total_bytes += entry.size_bytes
-        forgotten = self._evict()
+        forgotten += self._evict()
         entry.was_used = False  # it was True for the eviction, which thus could not take it
-        return self._last_id, Function(self._last_id, name, blob, int(style)), forgotten  # type: ignore[arg-type]
+        messages.append(Function(entry.function_id, name, blob, int(style), needs=ids))  # type: ignore[arg-type]
+        return entry.function_id, messages, forgotten
+
+    def _define(self, definition: Definition, messages: list[Function]) -> int:
+        """Return a definition's id, and have it sent if it is new."""
+        known, entries = self._definitions.get(definition, (0, 0))
+        if not known:
+            self._last_id += 1
+            known = self._last_id
+            style, version = int(CallStyle.DEFINITION), definition.version
+            messages.append(Function(known, definition.name, definition.payload, style, version=version))  # type: ignore[arg-type]
+        self._definitions[definition] = known, entries + 1
+        return known
 
     def forget_main(self) -> list[int]:
-        """Forget the functions of `__main__` that are known by name. Return their ids."""
-        evicted = []
+        """Forget the functions of `__main__` that are known by name. Return the ids to forget."""
+        forgotten = []
         for key, entry in list(self._entries.items()):
             if entry.function is not None and entry.function.__module__ == "__main__":
-                evicted.append(self._drop(key))
-        return evicted
+                forgotten += self._drop(key)
+        return forgotten
 
-    def _drop(self, key: Any) -> int:
+    def _drop(self, key: Any) -> list[int]:
+        """Forget a function and what only it needs. Return the ids."""
         entry = self._entries.pop(key)
         entry.is_known = False
-        if entry.function is not None:
-            self._calls.pop(id(entry.function), None)
+        if entry.function is not None and self._calls.get(id(entry.function)) is entry:
+            del self._calls[id(entry.function)]
         self._total_bytes -= entry.size_bytes
-        return entry.function_id
+        forgotten = [entry.function_id]
+        for definition in entry.needs.definitions:
+            known, entries = self._definitions.pop(definition)
+            if entries > 1:
+                self._definitions[definition] = known, entries - 1
+            else:
+                forgotten.append(known)
+        return forgotten
 
     def _evict(self) -> list[int]:
-        """Forget functions beyond the limits, those that were not used since the last time first. Return their ids."""
-        evicted = []
+        """Forget functions beyond the limits, those that were not used since the last time first. Return the ids."""
+        forgotten = []
         entries = self._entries
         while len(entries) > self._max_functions or (self._total_bytes > self._max_bytes and len(entries) > 1):
             key, entry = next(iter(entries.items()))
@@ -173,5 +213,5 @@ class FunctionTable:
                 entry.was_used = False
                 entries.move_to_end(key)  # the newest is the last to come by a second time
             else:
-                evicted.append(self._drop(key))
-        return evicted
+                forgotten += self._drop(key)
+        return forgotten

@@ -207,6 +207,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         return None  # the initializer lived in the forker that is gone
     worker_config = WorkerConfig(
         initializer_pickle=config["initializer_pickle"],
+        definitions=config["definitions"],
         sys_path=config["sys_path"],
         cwd=config["cwd"],
         argv=config["argv"],

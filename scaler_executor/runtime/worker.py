@@ -19,7 +19,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from types import FrameType, ModuleType
 from typing import Any, Final, NoReturn
@@ -60,6 +60,7 @@ from scaler_executor.runtime.calls import (
     load_run,
     loads_value,
 )
+from scaler_executor.runtime.namespace import WorkerMain
 from scaler_executor.runtime.platform import Bell, range_buffer
 from scaler_executor.runtime.transport import StreamReader
 
@@ -84,8 +85,10 @@ class WorkerConfig:
     initargs: tuple[Any, ...] = ()
     #: Pickle of (initializer, initargs), loaded in each worker; used instead of the two above when given.
     initializer_pickle: bytes | None = None
-    #: See `calls.MainByBaseline`; None unless the workers are forks of the user's process.
-    baseline: dict[str, Any] | None = None
+    #: The definitions that it needs: (name, version, buffers of the pickle).
+    definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
+    #: See `namespace.WorkerMain`; None unless the workers are forks of the user's process.
+    inherited_main: dict[str, tuple[Any, int]] | None = None
     #: Set in each worker; None where they are inherited.
     sys_path: list[str] | None = None
     cwd: str | None = None
@@ -115,7 +118,8 @@ class Worker:
         self._range_buffer = range_buffer(page)
         self._bell = bell
         self._config = config
-        self._pickler = CallPickler(config.baseline, copy_buffers=False)
+        self._main = WorkerMain(config.inherited_main)
+        self._pickler = CallPickler(self._main, copy_buffers=False)
         #: The call that may be interrupted now, or 0. Cleared by the handler when it raises, so that it raises once.
         self._armed = 0
         #: Set by the handler: the worker ends after this call.
@@ -124,8 +128,8 @@ class Worker:
         self._is_fork = False
         #: Functions as they arrived, by id; unpickled when first called, as part of that call.
         self._functions: dict[int, Function] = {}
-        #: Functions that have been unpickled, by id.
-        self._loaded: dict[int, Any] = {}
+        #: Functions that have been unpickled, by id; None for those that each call brings along.
+        self._loaded: dict[int, Any] = {0: None}
         #: Ids of those whose payloads are runs.
         self._map_ids: set[int] = set()
         #: Of the message being served: when it began, the items run so far, whether its BATCH_END is written.
@@ -144,7 +148,10 @@ class Worker:
         self._socket.setblocking(True)
         try:
             _take_over_process(config)
+            for name, version, buffers in config.definitions:
+                self._main.put(name, version, Frames(buffers))
             if config.initializer_pickle is not None:
+                self._main.apply()
                 config.initializer, config.initargs = _loads(config.initializer_pickle)
             if config.initializer is not None:
                 config.initializer(*config.initargs)
@@ -184,9 +191,14 @@ class Worker:
         self._batch_ended = False
         map_ids = self._map_ids
         for function in message.functions:
+            if function.style == CallStyle.DEFINITION:
+                self._main.put(function.name, function.version, function.blob)  # type: ignore[arg-type]
+                continue
             self._functions[function.function_id] = function
             if function.style == CallStyle.MAP:
                 map_ids.add(function.function_id)
+            elif function.style == CallStyle.INLINE:
+                self._loaded[function.function_id] = None
         left = len(message.calls)
         for seq, items, skip, function_id, payload in message.calls:
             left -= 1
@@ -209,20 +221,23 @@ class Worker:
         kind = RECORD_VALUE
         value: Any = None
         error: BaseException | None = None
+        pending = self._main.pending
         try:
             try:
                 self._armed = seq
                 page[CURRENT] = seq
                 if page[HEADER_WORDS + seq % RING_SLOTS] != seq:
                     kind = RECORD_SKIPPED
-                elif function_id:
-                    function = self._loaded.get(function_id)
-                    if function is None:
-                        function = self._load_function(function_id)
-                    args, kwargs = _loads(payload) if type(payload) is bytes else loads_value(payload)
-                    value = function(*args, **kwargs)
                 else:
-                    function, args, kwargs = load_inline_call(payload)
+                    if pending:
+                        self._main.apply()
+                    function = self._loaded.get(function_id, self)
+                    if function is self:
+                        function = self._load_function(function_id)
+                    if function is None:
+                        function, args, kwargs = load_inline_call(payload)
+                    else:
+                        args, kwargs = _loads(payload) if type(payload) is bytes else loads_value(payload)
                     value = function(*args, **kwargs)
                 self._armed = 0
             except BaseException as raised:
@@ -337,6 +352,7 @@ class Worker:
                 if page[HEADER_WORDS + seq % RING_SLOTS] != seq:
                     self._armed = 0
                     return None, 0, []
+                self._main.apply()
                 function = self._loaded.get(function_id)
                 if function is None:
                     function = self._load_function(function_id)
@@ -380,7 +396,7 @@ class Worker:
                 self._write_unwound(seq, item)
                 return
             kind = RECORD_ERROR
-            body = dumps_exception(self._pickler, error)
+            body = dumps_exception(self._pickler, error, self._main.explain(error))
         elif type(value) in PLAIN_TYPES:
             if kind == RECORD_VALUE:
                 body = _dumps(value, 5)

@@ -35,6 +35,7 @@ from scaler_executor.protocol.messages import (
     Welcome,
 )
 from scaler_executor.runtime.calls import CallPickler, dumps_exception
+from scaler_executor.runtime.namespace import MainDefinitions
 from scaler_executor.runtime.client import ClientFutureManager
 from scaler_executor.runtime.transport import StreamReader
 
@@ -109,7 +110,7 @@ class FakeScheduler:
         self.send(TaskResult([(no, first, count, int(kind), payload)]))  # type: ignore[list-item]
 
     def error(self, no: int, error: BaseException, first: int = 0) -> None:
-        self.result(no, ResultKind.ERROR, dumps_exception(CallPickler(None), error), first)
+        self.result(no, ResultKind.ERROR, dumps_exception(CallPickler(MainDefinitions(None)), error), first)
 
     def running(self, no: int) -> None:
         self.send(TaskRunning([no]))
@@ -181,7 +182,7 @@ class Setting:
         self.scheduler = FakeScheduler()
         if welcome:
             self.scheduler.welcome()
-        self.client = kind(self.scheduler, CallPickler(None), cancel_timeout_s=cancel_timeout_s)
+        self.client = kind(self.scheduler, MainDefinitions(None), cancel_timeout_s=cancel_timeout_s)
 
     def submit(self, *args: Any) -> ScalerFuture[Any]:
         return self.client.submit(never_called, args, {})

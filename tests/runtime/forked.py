@@ -38,9 +38,10 @@ from scaler_executor.protocol.page import (
     slot,
 )
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.calls import CallPickler, loads_exception, loads_value, loads_values, main_baseline
+from scaler_executor.runtime.calls import CallPickler, loads_exception, loads_value, loads_values
 from scaler_executor.runtime.forker import start_forker_by_fork
 from scaler_executor.runtime.functions import FunctionTable
+from scaler_executor.runtime.namespace import MainDefinitions, snapshot
 from scaler_executor.runtime.pipe import WorkerResults
 from scaler_executor.runtime.transport import StreamWriter
 from scaler_executor.runtime.worker import WorkerConfig
@@ -77,9 +78,9 @@ class Handle:
         functions: list[Function] = []
         for function, arguments in calls:
             style = CallStyle.MAP if isinstance(arguments, list) else CallStyle.CALL
-            function_id, new, _ = self.agent.table.lookup(function, style)
-            if new is not None:
-                self.agent.functions[function_id] = new
+            function_id, new, _ = self.agent.table.register(self.agent.table.prepare(function, style))
+            for sent in new:
+                self.agent.functions[sent.function_id] = sent
             if function_id not in self.known and function_id:
                 self.known.add(function_id)
                 functions.append(self.agent.functions[function_id])
@@ -132,12 +133,13 @@ class Agent:
 
     def __init__(self, config: WorkerConfig | None = None, *, stop_deadline_s: float = 5.0) -> None:
         config = config or WorkerConfig()
-        config.baseline = main_baseline()
+        config.inherited_main = snapshot()
         self.bell = platform.Bell.create()
         self.forker_pid, self.control = start_forker_by_fork(config)
         self.forker_pidfd = os.pidfd_open(self.forker_pid)
-        self.pickler = CallPickler(config.baseline)
-        self.table = FunctionTable(self.pickler)
+        main = MainDefinitions(config.inherited_main)
+        self.pickler = CallPickler(main)
+        self.table = FunctionTable(self.pickler, main)
         self.functions: dict[int, Function] = {}
         self.workers: dict[int, Handle] = {}
         self.others: list[ForkerMessage] = []

@@ -6,7 +6,6 @@ import enum
 import functools
 import os.path
 import pickle
-import subprocess
 import sys
 import threading
 from typing import Any
@@ -18,7 +17,7 @@ from unpicklables import AwkwardError, CustomError, FailsToLoad, Unpicklable, ad
 
 from scaler_executor.errors import RemoteError
 from scaler_executor.protocol.codec import INLINE_BYTES
-from scaler_executor.protocol.messages import CallStyle, Frames
+from scaler_executor.protocol.messages import CallStyle, Frames, Function
 from scaler_executor.runtime.calls import (
     CallPickler,
     LoadFailed,
@@ -32,13 +31,22 @@ from scaler_executor.runtime.calls import (
     loads_values,
 )
 from scaler_executor.runtime.functions import FunctionTable
+from scaler_executor.runtime.namespace import MainDefinitions
 
-pickler = CallPickler(None)
+main = MainDefinitions(None)
+pickler = CallPickler(main)
+
+
+def lookup(table: FunctionTable, function: Any, style: CallStyle) -> tuple[int, Function | None, list[int]]:
+    """Return the function's id, the message that it needs, and what is forgotten for it."""
+    prepared = table.prepare(function, style)
+    function_id, messages, forgotten = table.register(prepared, main.needs(prepared.names))
+    return function_id, messages[-1] if messages else None, forgotten
 
 
 @pytest.fixture
 def table() -> FunctionTable:
-    return FunctionTable(pickler)
+    return FunctionTable(pickler, main)
 
 
 def test_small_values_are_inline() -> None:
@@ -91,22 +99,22 @@ def test_pickling_errors_name_the_part(value: Any, kind: type[Exception], place:
 
 def test_functions_found_by_name_are_sent_once(table: FunctionTable) -> None:
     """A function that is found by its name keeps its id as long as the name leads to it."""
-    number, message, forgotten = table.lookup(add, CallStyle.CALL)
+    number, message, forgotten = lookup(table, add, CallStyle.CALL)
     assert message is not None and (number, message.name, forgotten) == (1, "add", [])
     assert loads_value(message.blob) is add  # type: ignore[arg-type]
-    assert table.lookup(add, CallStyle.CALL) == (1, None, [])
-    assert table.lookup(add, CallStyle.MAP)[0] == 2
-    assert table.lookup(os.path.join, CallStyle.CALL)[0] == 3
-    assert table.lookup(len, CallStyle.CALL)[0] == 4
-    assert table.lookup(CustomError, CallStyle.CALL)[0] == 5
+    assert lookup(table, add, CallStyle.CALL) == (1, None, [])
+    assert lookup(table, add, CallStyle.MAP)[0] == 2
+    assert lookup(table, os.path.join, CallStyle.CALL)[0] == 3
+    assert lookup(table, len, CallStyle.CALL)[0] == 4
+    assert lookup(table, CustomError, CallStyle.CALL)[0] == 5
 
 
 def test_a_replaced_function_is_not_mistaken(table: FunctionTable, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the name leads elsewhere the old function goes by value, under another id."""
-    assert table.lookup(identity, CallStyle.CALL)[0] == 1
+    assert lookup(table, identity, CallStyle.CALL)[0] == 1
     old = unpicklables.identity
     monkeypatch.setattr(unpicklables, "identity", lambda value: "new")
-    number, message, _ = table.lookup(old, CallStyle.CALL)
+    number, message, _ = lookup(table, old, CallStyle.CALL)
     assert number == 2 and message is not None
     assert loads_value(message.blob)("old") == "old"  # type: ignore[arg-type]
 
@@ -118,33 +126,33 @@ def test_closures_are_snapshots(table: FunctionTable) -> None:
     def closure() -> int:
         return box[0]
 
-    assert table.lookup(closure, CallStyle.CALL)[0] == 1
-    assert table.lookup(closure, CallStyle.CALL) == (1, None, [])
+    assert lookup(table, closure, CallStyle.CALL)[0] == 1
+    assert lookup(table, closure, CallStyle.CALL) == (1, None, [])
     box[0] = 2
-    number, message, _ = table.lookup(closure, CallStyle.CALL)
+    number, message, _ = lookup(table, closure, CallStyle.CALL)
     assert number == 2 and message is not None and loads_value(message.blob)() == 2  # type: ignore[arg-type]
 
 
 def test_other_callables_travel_with_their_call(table: FunctionTable) -> None:
     """Bound methods and partials are pickled with the arguments of a call, and registered for a run."""
     for function in ([1].append, functools.partial(add, 1), CustomError(1, "x").with_traceback):
-        assert table.lookup(function, CallStyle.CALL) == (0, None, [])
-    number, message, _ = table.lookup(functools.partial(add, 1), CallStyle.MAP)
+        assert lookup(table, function, CallStyle.CALL) == (0, None, [])
+    number, message, _ = lookup(table, functools.partial(add, 1), CallStyle.MAP)
     assert number == 1 and message is not None
 
 
 def test_functions_are_bounded() -> None:
     """Beyond the limits the functions that were not used for longest are forgotten; ids are never used again."""
-    table = FunctionTable(pickler, max_functions=3)
+    table = FunctionTable(pickler, main, max_functions=3)
     for function in (add, identity, len):
-        table.lookup(function, CallStyle.CALL)
-    table.lookup(add, CallStyle.CALL)
-    number, message, forgotten = table.lookup(raise_error, CallStyle.CALL)
+        lookup(table, function, CallStyle.CALL)
+    lookup(table, add, CallStyle.CALL)
+    number, message, forgotten = lookup(table, raise_error, CallStyle.CALL)
     assert (number, forgotten) == (4, [2]) and message is not None
-    assert table.lookup(identity, CallStyle.CALL)[0] == 5
-    table = FunctionTable(pickler, max_bytes=100_000)
+    assert lookup(table, identity, CallStyle.CALL)[0] == 5
+    table = FunctionTable(pickler, main, max_bytes=100_000)
     big = [bytes(90_000), bytes(90_000)]
-    ids = [table.lookup(lambda index=index: big[index], CallStyle.CALL)[::2] for index in (0, 1)]
+    ids = [lookup(table, lambda index=index: big[index], CallStyle.CALL)[::2] for index in (0, 1)]
     assert ids == [(1, []), (2, [1])]
 
 
@@ -240,31 +248,3 @@ def test_exceptions_that_do_not_survive() -> None:
         assert isinstance(received, RemoteError)
         assert (received.type_name, received.text) == (name, str(error))
         assert "in raise_error" in received.traceback and isinstance(received.__cause__, RemoteTraceback)
-
-
-MAIN_SCRIPT = """
-import sys
-from scaler_executor.runtime.calls import CallPickler, loads_value, main_baseline
-class Old: pass
-def old(): return 1
-baseline = main_baseline()
-class New: pass
-def new(): return old()
-inherits, fresh = CallPickler(baseline), CallPickler(None)
-assert b"cloudpickle" not in inherits.dumps((old, Old()))
-assert b"cloudpickle" in inherits.dumps(new) and b"cloudpickle" in inherits.dumps(New())
-assert b"cloudpickle" in fresh.dumps(Old()) and b"cloudpickle" in fresh.dumps(old)
-first = old
-def old(): return 2
-assert b"cloudpickle" in inherits.dumps(old)
-assert b"cloudpickle" in inherits.dumps(first) and loads_value(inherits.dumps(first))() == 1
-assert type(loads_value(fresh.dumps(New()))) is New
-assert b"cloudpickle" not in inherits.dumps(Old())
-print("good")
-"""
-
-
-def test_main_goes_by_name_only_if_it_was_inherited() -> None:
-    """Of `__main__` only what the workers have as well is pickled by reference."""
-    done = subprocess.run([sys.executable, "-c", MAIN_SCRIPT], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("good\n", "")

@@ -100,7 +100,7 @@ def test_styles(agent: Agent) -> None:
 def test_run_of_part_of_a_payload(agent: Agent) -> None:
     """A row may be about some items of a longer run."""
     worker = agent.fork()
-    function_id, function, _ = agent.table.lookup(identity, CallStyle.MAP)
+    function_id, (function,), _ = agent.table.register(agent.table.prepare(identity, CallStyle.MAP))
     assert function is not None
     payload = agent.pickler.dumps_run([(n,) for n in range(10)])
     (seq,) = worker.send_rows([(3, 4, function_id, payload)], [function])
