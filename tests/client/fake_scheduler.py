@@ -35,8 +35,8 @@ from scaler_executor.protocol.messages import (
     Welcome,
 )
 from scaler_executor.runtime.calls import CallPickler, dumps_exception
-from scaler_executor.runtime.namespace import MainDefinitions
 from scaler_executor.runtime.client import ClientFutureManager
+from scaler_executor.runtime.namespace import MainDefinitions
 from scaler_executor.runtime.transport import StreamReader
 
 PATIENCE_S = 20.0

@@ -98,7 +98,7 @@ def case_memo_and_recursion():
     assert call(memo_size) == 31 and memo == {}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cached(x):
     return x * 3
 
@@ -248,7 +248,7 @@ def case_lock():
     assert call(use_locks) == 1
 
 
-open_file = tempfile.TemporaryFile()
+open_file = tempfile.TemporaryFile()  # noqa: SIM115
 
 
 def use_file(really):
