@@ -33,7 +33,6 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.scheduler import (
     FENCE_S,
-    IDLE_BEFORE_RECALL_S,
     Drop,
     PeerLost,
     Received,
@@ -41,6 +40,7 @@ from scaler_executor.protocol.scheduler import (
     Send,
     Tick,
 )
+from scaler_executor.protocol.scheduler_assignment import IDLE_BEFORE_RECALL_S
 
 CLIENT, AGENT, OTHER_AGENT, OTHER_CLIENT = 1, 2, 3, 4
 BASE = 1 << CLIENT_ID_SHIFT
@@ -281,7 +281,7 @@ def test_client_lost_stops_its_calls():
     out = state.lost(CLIENT)
     assert out == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)])), Send(AGENT, ClientGone(1))]
     assert state.got(AGENT, confirm(1, 1)) == []
-    assert state.outstanding == 0 and not state._leaving
+    assert state.outstanding == 0 and not state._tasks.leaving
 
 
 def test_call_of_a_gone_client_that_cannot_be_stopped():
@@ -291,7 +291,7 @@ def test_call_of_a_gone_client_that_cannot_be_stopped():
     assert state.got(AGENT, confirm(1, 1, FAILED)) == []
     assert state.outstanding == 1
     assert state.got(AGENT, result(1)) == []
-    assert state.outstanding == 0 and not state._leaving
+    assert state.outstanding == 0 and not state._tasks.leaving
 
 
 def test_running():
@@ -526,7 +526,7 @@ def test_client_lost_while_fencing():
     assert state.lost(CLIENT) == []
     assert state.outstanding == 1
     assert state.tick(FENCE_S) == []
-    assert state.outstanding == 0 and not state._leaving and state.next_deadline() is None
+    assert state.outstanding == 0 and not state._tasks.leaving and state.next_deadline() is None
 
 
 # Runs
@@ -678,7 +678,7 @@ def test_our_own_bug_stops_us():
     """A cell that this side must never reach raises, and does not go on."""
     state = queued()
     with pytest.raises(LocalProtocolError):
-        state._step(state._tasks[BASE + 1], "RESULT", 0, 1, VALUE, b"")
+        state._tasks.step(state._tasks.by_id[BASE + 1], "RESULT", 0, 1, VALUE, b"")
 
 
 # Dispatch
@@ -756,7 +756,7 @@ def test_functions_of_a_gone_client_are_forgotten():
     state = with_task()
     state.lost(CLIENT)
     state.got(AGENT, confirm(1, 1))
-    (agent,) = state._agents
+    (agent,) = state._assignment.agents
     assert not agent.known._known
 
 

@@ -537,7 +537,8 @@ class Cluster:
             assert client.state.outstanding == 0 and client.closed
         state = self.scheduler
         assert state.outstanding == 0
-        left = (state._peers, state._leaving, state._fences, list(state._ready), state._agents)
+        assignment = state._assignment
+        left = (state._peers, state._tasks.leaving, state._fences, list(assignment.ready), assignment.agents)
         assert not any(left), left
         for agent in self.agents:
             if agent.was_killed:

@@ -27,7 +27,7 @@ from .worker import Page, SimWorker
 #: Attributes that are times: what matters is how far away they are.
 TIMES = {"_look_at", "grace_due", "portion_since", "_fence_at", "idle_since"}
 #: Attributes that say nothing about what can happen next.
-IRRELEVANT = {"_now", "now", "_story", "_out", "stale", "victims", "starts", "load_s", "tries"}
+IRRELEVANT = {"_now", "now", "_story", "story", "_out", "instructions", "stale", "victims", "starts", "load_s", "tries"}
 
 #: Steps that write words which mean something only while a call is in progress, when none is.
 UNSEEN = {"reset_item", "set_stop", "clear_item"}

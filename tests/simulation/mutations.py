@@ -19,8 +19,10 @@ from scaler_executor.protocol import agent, scheduler
 from scaler_executor.protocol.agent import AgentState
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
+from scaler_executor.protocol.messages import CancelKind, DeathReport
 from scaler_executor.protocol.page import CURRENT, DONE, slot
 from scaler_executor.protocol.scheduler import SchedulerState
+from scaler_executor.protocol.scheduler_tasks import SchedulerTasks
 
 from .cluster import Cluster
 from .random_runs import Run
@@ -44,12 +46,12 @@ def drop_the_crossing_result() -> list[Change]:
 
 def requeue_while_cancelling() -> list[Change]:
     """The scheduler makes an attempt of a call that dies while it is being cancelled."""
-    return cells(scheduler.TABLE, "DIED", SchedulerState._retry_or_fail, "CANCELING")
+    return cells(scheduler.TABLE, "DIED", SchedulerTasks._retry_or_fail, "CANCELING")
 
 
 def requeue_what_is_returned_while_cancelling() -> list[Change]:
     """The scheduler queues what an agent hands back though it is being cancelled."""
-    return cells(scheduler.TABLE, "RETURNED", SchedulerState._returned, "CANCELING")
+    return cells(scheduler.TABLE, "RETURNED", SchedulerTasks._returned, "CANCELING")
 
 
 def obey_older_cancel_failed() -> list[Change]:
@@ -113,29 +115,29 @@ def look_before_claim() -> list[Change]:
 
 def forget_to_pump_after_a_requeue() -> list[Change]:
     """The scheduler queues a task again and gives it to nobody."""
-    original = SchedulerState._requeue
+    original = SchedulerTasks._requeue
 
     def requeue(self: Any, task: Any, new_attempt: bool = False) -> None:
-        ready = self._is_ready
-        self._is_ready = lambda client: None
+        assignment = self._assignment
+        assignment.line_up = lambda client: None
         try:
             original(self, task, new_attempt)
         finally:
-            self._is_ready = ready
+            del assignment.line_up
 
-    return [(SchedulerState, "_requeue", requeue)]
+    return [(SchedulerTasks, "_requeue", requeue)]
 
 
 def count_attempts_twice() -> list[Change]:
     """The scheduler takes two retries for a death."""
-    original = SchedulerState._retry_or_fail
+    original = SchedulerTasks._retry_or_fail
 
     def retry_or_fail(self: Any, task: Any, report: Any) -> None:
         task.deaths += 1
         original(self, task, report)
 
     changes = cells(scheduler.TABLE, "DIED", retry_or_fail, "ASSIGNED", "RECALLING")
-    return [*changes, (SchedulerState, "_retry_or_fail", retry_or_fail)]
+    return [*changes, (SchedulerTasks, "_retry_or_fail", retry_or_fail)]
 
 
 def start_agent_lost_call_at_once() -> list[Change]:
@@ -152,9 +154,9 @@ def no_fence() -> list[Change]:
     """The scheduler retries the calls of an agent that is out of reach without waiting until it has stopped them."""
 
     def fence(self: Any, task: Any, fenced: Any) -> None:
-        self._retry_or_fail(task, scheduler.DeathReport("out of reach"))
+        self._retry_or_fail(task, DeathReport("out of reach"))
 
-    return [(SchedulerState, "_fence", fence)]
+    return [(SchedulerTasks, "_fence", fence)]
 
 
 def agent_does_not_stop_at_the_fence() -> list[Change]:
@@ -166,7 +168,7 @@ def obey_the_recall_after_the_users_cancel() -> list[Change]:
     """The scheduler takes the recall's Canceled for a requeue though the user has cancelled meanwhile."""
 
     def cancelled(self: Any, task: Any, at: int, is_newest: bool) -> None:
-        (SchedulerState._cancelled if is_newest else SchedulerState._came_back)(self, task, at, is_newest)
+        (SchedulerTasks._cancelled if is_newest else SchedulerTasks._came_back)(self, task, at, is_newest)
 
     return cells(scheduler.TABLE, "CANCELED", cancelled, "CANCELING")
 
@@ -212,9 +214,9 @@ def soft_over_recall_is_answered_twice() -> list[Change]:
     """The scheduler fails a soft cancel over a recall at once, and forwards the recall's answer as well."""
 
     def over_recall(self: Any, task: Any, cancel_no: int, kind: Any) -> None:
-        if kind is scheduler.CancelKind.SOFT:
+        if kind is CancelKind.SOFT:
             self._answer(task, cancel_no, scheduler.FAILED)
-        SchedulerState._over_recall(self, task, cancel_no, kind)
+        SchedulerTasks._over_recall(self, task, cancel_no, kind)
 
     return cells(scheduler.TABLE, "CANCEL", over_recall, "RECALLING")
 
@@ -223,7 +225,7 @@ def forget_the_partial_answer() -> list[Change]:
     """The scheduler takes a partial answer to a soft cancel for the end of the forced one that overtook it."""
 
     def cancelled(self: Any, task: Any, at: int, is_newest: bool) -> None:
-        SchedulerState._cancelled(self, task, at, True)
+        SchedulerTasks._cancelled(self, task, at, True)
 
     return cells(scheduler.TABLE, "CANCELED", cancelled, "CANCELING")
 
