@@ -7,6 +7,10 @@ import pytest
 
 from scaler_executor.protocol import (
     agent,
+    agent_calls,
+    agent_crew,
+    agent_dispatch,
+    agent_records,
     client,
     link,
     machine,
@@ -26,7 +30,13 @@ MACHINES = {
         scheduler.EVENTS,
         [scheduler, scheduler_assignment, scheduler_rows],
     ),
-    "agent": (agent, agent.AgentState, agent.STATES, agent.EVENTS, []),
+    "agent": (
+        agent_calls,
+        agent_calls.AgentCalls,
+        agent.STATES,
+        agent.EVENTS,
+        [agent, agent_crew, agent_dispatch, agent_records],
+    ),
     "link": (link, link.LinkState, link.STATES, link.EVENTS, []),
 }
 STATE_CLASSES = (client.ClientState, scheduler.SchedulerState, agent.AgentState, link.LinkState)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from scaler_executor.protocol import agent, scheduler
-from scaler_executor.protocol.agent import AgentState
+from scaler_executor.protocol.agent_calls import AgentCalls
+from scaler_executor.protocol.agent_dispatch import Dispatch
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
 from scaler_executor.protocol.messages import CancelKind, DeathReport
@@ -78,18 +79,18 @@ def client_obeys_older_cancel_failed() -> list[Change]:
 
 def confirm_before_the_process_is_gone() -> list[Change]:
     """The agent confirms when the process group has been sent SIGKILL."""
-    return cells(agent.TABLE, "KILLED", AgentState._stopped, "FREEZING")
+    return cells(agent.TABLE, "KILLED", AgentCalls._stopped, "FREEZING")
 
 
 def confirm_at_the_interrupt() -> list[Change]:
     """The agent confirms when it interrupts."""
-    original = AgentState._stop
+    original = AgentCalls._stop
 
     def stop(self: Any, call: Any) -> None:
         original(self, call)
         self._stopped(call)
 
-    return [(AgentState, "_stop", stop)]
+    return [(AgentCalls, "_stop", stop)]
 
 
 def look_before_claim() -> list[Change]:
@@ -161,7 +162,7 @@ def no_fence() -> list[Change]:
 
 def agent_does_not_stop_at_the_fence() -> list[Change]:
     """An agent that is cut off runs on."""
-    return [(AgentState, "_stop_everything", lambda self: None)]
+    return [(AgentCalls, "stop_all", lambda self: None)]
 
 
 def obey_the_recall_after_the_users_cancel() -> list[Change]:
@@ -175,7 +176,7 @@ def obey_the_recall_after_the_users_cancel() -> list[Change]:
 
 def requeue_the_call_in_progress() -> list[Change]:
     """The agent queues the call again that its worker died in."""
-    return cells(agent.TABLE, "EXITED_IN_PROGRESS", AgentState._not_started, "HELD", "RUNNING", "RECALLING")
+    return cells(agent.TABLE, "EXITED_IN_PROGRESS", AgentCalls._not_started, "HELD", "RUNNING", "RECALLING")
 
 
 def blame_the_call_behind() -> list[Change]:
@@ -245,7 +246,7 @@ def read_the_pipe_after_deciding() -> list[Change]:
 
 def no_recall_from_busy_workers() -> list[Change]:
     """The agent leaves calls behind a long one though others are idle."""
-    return [(AgentState, "_recall", lambda self, worker: 0)]
+    return [(Dispatch, "_recall", lambda self, worker: 0)]
 
 
 MUTATIONS: list[Callable[[], list[Change]]] = [
