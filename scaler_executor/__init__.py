@@ -21,7 +21,7 @@ Where things run:
 
 `submit` pickles the call in the caller's thread and leaves it to the I/O thread (`runtime.client`), which speaks to the
 scheduler for every future. What a message means is decided in `protocol`, which does no I/O; `runtime` does the I/O.
-Read `protocol.messages`, the table in `protocol.scheduler`, `future`, and then any file of `runtime`.
+Read `protocol.messages`, the table in `protocol.scheduler_tasks`, `future`, and then any file of `runtime`.
 
 Every public name is imported on first use, so that importing the package alone costs next to nothing.
 """

@@ -1,5 +1,4 @@
-"""What an agent is told and what it tells its runtime to do: the events and instructions of `agent`, apart for their
-length."""
+"""What an agent is told and what it tells its runtime to do: the events and instructions of `agent`."""
 
 from __future__ import annotations
 

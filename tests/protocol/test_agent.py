@@ -4,11 +4,6 @@ import pytest
 
 from scaler_executor.protocol.agent import (
     FENCE_S,
-    FORK_RETRY_S,
-    GONE_GRACE_S,
-    LOOK_S,
-    MAX_FORK_FAILURES,
-    RECALL_S,
     AgentState,
     Drain,
     Drained,
@@ -32,6 +27,9 @@ from scaler_executor.protocol.agent import (
     Start,
     Tick,
 )
+from scaler_executor.protocol.agent_calls import GONE_GRACE_S
+from scaler_executor.protocol.agent_dispatch import LOOK_S, RECALL_S
+from scaler_executor.protocol.agent_hiring import FORK_RETRY_S, MAX_FORK_FAILURES
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
@@ -39,6 +37,7 @@ from scaler_executor.protocol.messages import (
     AgentConfirm,
     AgentResult,
     Bye,
+    CallStyle,
     CancelKind,
     ClientGone,
     DeathReport,
@@ -162,7 +161,7 @@ def held(items=1, **settings):
     # A first call tells the agent that calls of this function are short, so that it gives a run whole.
     assert state.records(value(1), batch_end()) == [result(0)]
     state.run((1, items))
-    assert [call.state for call in state._calls.values()] == ["HELD"]
+    assert [call.state for call in state._calls.by_id.values()] == ["HELD"]
     return state
 
 
@@ -467,7 +466,7 @@ def test_result_crosses_the_interrupt():
     state = running()
     state.cancel(1, 7)
     assert state.records(value(2)) == [Retire(1), result(1)]
-    assert state.next_deadline() != 1.0 or not state._stopping
+    assert state.next_deadline() != 1.0 or not state._calls.stopping
 
 
 def test_grace():
@@ -781,7 +780,7 @@ def test_client_gone():
     state.records(value(1), batch_end())
     assert state.got(ClientGone(1)) == [Retire(1)]
     assert state.on(exited(1, 1)) == []
-    assert not state._functions and not state._gone_clients
+    assert not state._functions and not state._hiring.gone_clients
 
 
 def test_fork_fails_for_a_client_that_is_gone():
@@ -791,7 +790,7 @@ def test_fork_fails_for_a_client_that_is_gone():
     state.cancel(1, 7)
     state.got(ClientGone(1))
     assert state.on(ForkFailed(1, "no memory")) == []
-    assert not state._gone_clients
+    assert not state._hiring.gone_clients
 
 
 def test_call_of_a_gone_client_is_not_queued_again():
@@ -913,4 +912,17 @@ def test_our_own_bug_stops_us():
     """A cell that this side must never reach raises, and does not go on."""
     state = held()
     with pytest.raises(LocalProtocolError):
-        state._step(state._calls[BASE + 1], "KILLED")
+        state._calls.step(state._calls.by_id[BASE + 1], "KILLED")
+
+
+def test_definitions_go_before_the_functions_that_need_them():
+    """Each worker gets a definition before the first function that needs it, and once."""
+    state = Agent(1)
+    defined = Function(2, "name", b"value", CallStyle.DEFINITION, version=1)
+    needing, other = Function(3, "f", b"blob", needs=[2]), Function(4, "g", b"blob", needs=[2])
+    rows = [(BASE + 1, 1, 1, 1, 0, 3, b"p1")]
+    assert state.got(TaskRun(rows, [(1, defined), (1, needing)])) == [Fork(1)]
+    assert state.start_worker() == [Start(1, WorkerRun([(1, 1, 0, 3, b"p1")], [defined, needing]))]
+    state.records(value(1), batch_end())
+    rows = [(BASE + 2, 1, 1, 1, 0, 4, b"p2")]
+    assert state.got(TaskRun(rows, [(1, other)])) == [Start(1, WorkerRun([(2, 1, 0, 4, b"p2")], [other]))]

@@ -10,6 +10,7 @@ from scaler_executor.protocol.messages import (
     AgentConfirm,
     AgentResult,
     Bye,
+    CallStyle,
     CancelKind,
     ClientGone,
     DeathReport,
@@ -33,7 +34,6 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.scheduler import (
     FENCE_S,
-    IDLE_BEFORE_RECALL_S,
     Drop,
     PeerLost,
     Received,
@@ -41,6 +41,7 @@ from scaler_executor.protocol.scheduler import (
     Send,
     Tick,
 )
+from scaler_executor.protocol.scheduler_assignment import IDLE_BEFORE_RECALL_S
 
 CLIENT, AGENT, OTHER_AGENT, OTHER_CLIENT = 1, 2, 3, 4
 BASE = 1 << CLIENT_ID_SHIFT
@@ -279,9 +280,9 @@ def test_client_lost_stops_its_calls():
     """The calls of a client that is gone are stopped by force and nobody is answered."""
     state = with_task()
     out = state.lost(CLIENT)
-    assert out == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)])), Send(AGENT, ClientGone(1))]
+    assert out == [Send(AGENT, ClientGone(1)), Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)]))]
     assert state.got(AGENT, confirm(1, 1)) == []
-    assert state.outstanding == 0 and not state._leaving
+    assert state.outstanding == 0 and not state._tasks.leaving
 
 
 def test_call_of_a_gone_client_that_cannot_be_stopped():
@@ -291,7 +292,7 @@ def test_call_of_a_gone_client_that_cannot_be_stopped():
     assert state.got(AGENT, confirm(1, 1, FAILED)) == []
     assert state.outstanding == 1
     assert state.got(AGENT, result(1)) == []
-    assert state.outstanding == 0 and not state._leaving
+    assert state.outstanding == 0 and not state._tasks.leaving
 
 
 def test_running():
@@ -382,7 +383,7 @@ def test_client_lost_under_a_recall():
     """The call is stopped, whatever the recall says."""
     state = recalling()
     out = state.lost(CLIENT)
-    assert out[0] == Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED), (BASE + 2, 3, FORCED)]))
+    assert out[1] == Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED), (BASE + 2, 3, FORCED)]))
     assert state.got(AGENT, AgentConfirm([(BASE + 2, 1, 1, CANCELED, 0), (BASE + 1, 1, 2, CANCELED, 0)])) == []
     assert state.outstanding == 0
 
@@ -501,7 +502,7 @@ def test_agent_stopped_while_cancelling():
 def test_client_lost_while_cancelling():
     """The request goes on without an addressee, and a soft one is raised."""
     state = canceling(SOFT)
-    assert state.lost(CLIENT) == [Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED)])), Send(AGENT, ClientGone(1))]
+    assert state.lost(CLIENT) == [Send(AGENT, ClientGone(1)), Send(AGENT, TaskCancel([(BASE + 1, 2, FORCED)]))]
     assert state.got(AGENT, confirm(1, 1, FAILED)) == []
     assert state.got(AGENT, confirm(1, 2)) == []
     assert state.outstanding == 0
@@ -526,7 +527,7 @@ def test_client_lost_while_fencing():
     assert state.lost(CLIENT) == []
     assert state.outstanding == 1
     assert state.tick(FENCE_S) == []
-    assert state.outstanding == 0 and not state._leaving and state.next_deadline() is None
+    assert state.outstanding == 0 and not state._tasks.leaving and state.next_deadline() is None
 
 
 # Runs
@@ -642,7 +643,7 @@ def test_client_breaks_the_protocol(message):
     state = with_task()
     out = state.got(CLIENT, message)
     assert out[0].peer == CLIENT and out[0].error
-    assert out[1:] == [Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)])), Send(AGENT, ClientGone(1))]
+    assert out[1:] == [Send(AGENT, ClientGone(1)), Send(AGENT, TaskCancel([(BASE + 1, 1, FORCED)]))]
 
 
 @pytest.mark.parametrize(
@@ -678,7 +679,7 @@ def test_our_own_bug_stops_us():
     """A cell that this side must never reach raises, and does not go on."""
     state = queued()
     with pytest.raises(LocalProtocolError):
-        state._step(state._tasks[BASE + 1], "RESULT", 0, 1, VALUE, b"")
+        state._tasks.step(state._tasks.by_id[BASE + 1], "RESULT", 0, 1, VALUE, b"")
 
 
 # Dispatch
@@ -756,7 +757,7 @@ def test_functions_of_a_gone_client_are_forgotten():
     state = with_task()
     state.lost(CLIENT)
     state.got(AGENT, confirm(1, 1))
-    (agent,) = state._agents
+    (agent,) = state._assignment.agents
     assert not agent.known._known
 
 
@@ -766,3 +767,29 @@ def test_story():
     state.got(AGENT, confirm(1, 1, FAILED))
     steps = [(step.event, step.before, step.after) for step in state.story(BASE + 1)]
     assert steps == [("CANCEL", "ASSIGNED", "CANCELING"), ("FAILED", "CANCELING", "ASSIGNED")]
+
+
+def definition(number, version=1):
+    return Function(number, "name", b"value", CallStyle.DEFINITION, version=version)
+
+
+def test_definitions_go_before_the_functions_that_need_them():
+    """What a function needs is sent with its first call, once, also when the client has forgotten it since."""
+    state = scheduler(capacity=0)
+    needing = Function(3, "f", b"blob", needs=[2])
+    state.got(CLIENT, TaskSubmit([(1, 1, 3, b"p1")], [definition(2), needing]))
+    state.got(CLIENT, TaskSubmit([(2, 1, 3, b"p2")], forget=[3, 2]))
+    assert state.got(AGENT, AgentCapacity(8, 2)) == [
+        Send(AGENT, TaskRun([row(1, function_id=3), row(2, function_id=3)], [(1, definition(2)), (1, needing)]))
+    ]
+    later = Function(5, "g", b"blob", needs=[4])
+    assert state.got(CLIENT, TaskSubmit([(3, 1, 5, b"p3")], [definition(4, 2), later])) == [
+        Send(AGENT, TaskRun([row(3, function_id=5)], [(1, definition(4, 2)), (1, later)]))
+    ]
+
+
+def test_definition_that_is_not_there():
+    """A function that needs what was never sent breaks the protocol."""
+    state = scheduler()
+    out = state.got(CLIENT, TaskSubmit([], [Function(3, "f", b"blob", needs=[2])]))
+    assert out[0] == Drop(CLIENT, "function 3 needs definition 2, which is not known", error=True)

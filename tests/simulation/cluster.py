@@ -537,7 +537,8 @@ class Cluster:
             assert client.state.outstanding == 0 and client.closed
         state = self.scheduler
         assert state.outstanding == 0
-        left = (state._peers, state._leaving, state._fences, list(state._ready), state._agents)
+        assignment = state._assignment
+        left = (state._peers, state._tasks.leaving, state._fences, list(assignment.ready), assignment.agents)
         assert not any(left), left
         for agent in self.agents:
             if agent.was_killed:
@@ -546,9 +547,10 @@ class Cluster:
             assert inner.outstanding == 0 and not inner.workers and not agent.workers
             if agent.ended_early:
                 continue  # clients may have outlived it
-            rest = (inner._functions, inner._broken, inner._gone_clients, inner._stopping, inner._to_freeze)
+            calls, hiring = inner._calls, inner._hiring
+            rest = (inner._functions, hiring.broken, hiring.gone_clients, calls.stopping, calls.to_freeze)
             assert not any(rest), rest
-            assert not inner._old_workers and not inner._start_failures and not inner._crew.next_queued()
+            assert not hiring.old_workers and not hiring._start_failures and not inner._crew.next_queued()
         assert not self.running
 
 

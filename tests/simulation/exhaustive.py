@@ -16,7 +16,7 @@ from typing import Any
 from scaler_executor.protocol import agent as agents
 from scaler_executor.protocol import client as clients
 from scaler_executor.protocol import scheduler as schedulers
-from scaler_executor.protocol.agent import LOOK_S, RECALL_S
+from scaler_executor.protocol.agent_dispatch import LOOK_S, RECALL_S
 from scaler_executor.protocol.client import PLAIN, ClientTask
 from scaler_executor.protocol.machine import Story
 from scaler_executor.protocol.messages import CancelKind, ForkWorker
@@ -25,9 +25,9 @@ from .cluster import Behaviour, Cluster
 from .worker import Page, SimWorker
 
 #: Attributes that are times: what matters is how far away they are.
-TIMES = {"_look_at", "grace_due", "portion_since", "_fence_at", "idle_since"}
+TIMES = {"look_at", "grace_due", "portion_since", "_fence_at", "idle_since"}
 #: Attributes that say nothing about what can happen next.
-IRRELEVANT = {"_now", "now", "_story", "_out", "stale", "victims", "starts", "load_s", "tries"}
+IRRELEVANT = {"_now", "now", "_story", "story", "_out", "instructions", "stale", "victims", "starts", "load_s", "tries"}
 
 #: Steps that write words which mean something only while a call is in progress, when none is.
 UNSEEN = {"reset_item", "set_stop", "clear_item"}
@@ -107,7 +107,7 @@ class Small(Cluster):
             return self.actions(with_ops=False)[:1]
         actions: list[Action] = [("deliver", key) for key in sorted(self.queues, key=repr)]
         actions += [("step", worker_id) for worker_id, worker in sorted(agent.workers.items()) if worker.can_step()]
-        if agent.state._stopping:
+        if agent.state._calls.stopping:
             actions.append(("tick",))
         if with_ops and self.ops:
             actions += self.possible(self.ops[0])
@@ -118,7 +118,7 @@ class Small(Cluster):
         state = self.agents[0].state
         if any(key[0] in ("command", "freeze", "death", "down", "report") for key in self.queues):
             return False
-        if state._stopping or state._to_freeze or state._gone_clients:
+        if state._calls.stopping or state._calls.to_freeze or state._hiring.gone_clients:
             return False
         return not any(worker.freeze or worker.state == "LEAVING" for worker in state._crew.workers.values())
 
@@ -198,7 +198,7 @@ class Small(Cluster):
                 assert client.gone or future.settled, f"task {no}: {future.outcomes}"
         assert self.scheduler.outstanding == 0 and not self.running
         for agent in self.agents:
-            assert agent.state.outstanding == 0 and not agent.state._gone_clients
+            assert agent.state.outstanding == 0 and not agent.state._hiring.gone_clients
 
 
 TRACE = False

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from scaler_executor.protocol import agent, scheduler
-from scaler_executor.protocol.agent import AgentState
+from scaler_executor.protocol.agent_calls import AgentCalls
+from scaler_executor.protocol.agent_dispatch import Dispatch
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
+from scaler_executor.protocol.messages import CancelKind, DeathReport
 from scaler_executor.protocol.page import CURRENT, DONE, slot
 from scaler_executor.protocol.scheduler import SchedulerState
+from scaler_executor.protocol.scheduler_tasks import SchedulerTasks
 
 from .cluster import Cluster
 from .random_runs import Run
@@ -44,12 +47,12 @@ def drop_the_crossing_result() -> list[Change]:
 
 def requeue_while_cancelling() -> list[Change]:
     """The scheduler makes an attempt of a call that dies while it is being cancelled."""
-    return cells(scheduler.TABLE, "DIED", SchedulerState._retry_or_fail, "CANCELING")
+    return cells(scheduler.TABLE, "DIED", SchedulerTasks._retry_or_fail, "CANCELING")
 
 
 def requeue_what_is_returned_while_cancelling() -> list[Change]:
     """The scheduler queues what an agent hands back though it is being cancelled."""
-    return cells(scheduler.TABLE, "RETURNED", SchedulerState._returned, "CANCELING")
+    return cells(scheduler.TABLE, "RETURNED", SchedulerTasks._returned, "CANCELING")
 
 
 def obey_older_cancel_failed() -> list[Change]:
@@ -76,18 +79,18 @@ def client_obeys_older_cancel_failed() -> list[Change]:
 
 def confirm_before_the_process_is_gone() -> list[Change]:
     """The agent confirms when the process group has been sent SIGKILL."""
-    return cells(agent.TABLE, "KILLED", AgentState._stopped, "FREEZING")
+    return cells(agent.TABLE, "KILLED", AgentCalls._stopped, "FREEZING")
 
 
 def confirm_at_the_interrupt() -> list[Change]:
     """The agent confirms when it interrupts."""
-    original = AgentState._stop
+    original = AgentCalls._stop
 
     def stop(self: Any, call: Any) -> None:
         original(self, call)
         self._stopped(call)
 
-    return [(AgentState, "_stop", stop)]
+    return [(AgentCalls, "_stop", stop)]
 
 
 def look_before_claim() -> list[Change]:
@@ -113,29 +116,29 @@ def look_before_claim() -> list[Change]:
 
 def forget_to_pump_after_a_requeue() -> list[Change]:
     """The scheduler queues a task again and gives it to nobody."""
-    original = SchedulerState._requeue
+    original = SchedulerTasks._requeue
 
     def requeue(self: Any, task: Any, new_attempt: bool = False) -> None:
-        ready = self._is_ready
-        self._is_ready = lambda client: None
+        assignment = self._assignment
+        assignment.line_up = lambda client: None
         try:
             original(self, task, new_attempt)
         finally:
-            self._is_ready = ready
+            del assignment.line_up
 
-    return [(SchedulerState, "_requeue", requeue)]
+    return [(SchedulerTasks, "_requeue", requeue)]
 
 
 def count_attempts_twice() -> list[Change]:
     """The scheduler takes two retries for a death."""
-    original = SchedulerState._retry_or_fail
+    original = SchedulerTasks._retry_or_fail
 
     def retry_or_fail(self: Any, task: Any, report: Any) -> None:
         task.deaths += 1
         original(self, task, report)
 
     changes = cells(scheduler.TABLE, "DIED", retry_or_fail, "ASSIGNED", "RECALLING")
-    return [*changes, (SchedulerState, "_retry_or_fail", retry_or_fail)]
+    return [*changes, (SchedulerTasks, "_retry_or_fail", retry_or_fail)]
 
 
 def start_agent_lost_call_at_once() -> list[Change]:
@@ -152,28 +155,28 @@ def no_fence() -> list[Change]:
     """The scheduler retries the calls of an agent that is out of reach without waiting until it has stopped them."""
 
     def fence(self: Any, task: Any, fenced: Any) -> None:
-        self._retry_or_fail(task, scheduler.DeathReport("out of reach"))
+        self._retry_or_fail(task, DeathReport("out of reach"))
 
-    return [(SchedulerState, "_fence", fence)]
+    return [(SchedulerTasks, "_fence", fence)]
 
 
 def agent_does_not_stop_at_the_fence() -> list[Change]:
     """An agent that is cut off runs on."""
-    return [(AgentState, "_stop_everything", lambda self: None)]
+    return [(AgentCalls, "stop_all", lambda self: None)]
 
 
 def obey_the_recall_after_the_users_cancel() -> list[Change]:
     """The scheduler takes the recall's Canceled for a requeue though the user has cancelled meanwhile."""
 
     def cancelled(self: Any, task: Any, at: int, is_newest: bool) -> None:
-        (SchedulerState._cancelled if is_newest else SchedulerState._came_back)(self, task, at, is_newest)
+        (SchedulerTasks._cancelled if is_newest else SchedulerTasks._came_back)(self, task, at, is_newest)
 
     return cells(scheduler.TABLE, "CANCELED", cancelled, "CANCELING")
 
 
 def requeue_the_call_in_progress() -> list[Change]:
     """The agent queues the call again that its worker died in."""
-    return cells(agent.TABLE, "EXITED_IN_PROGRESS", AgentState._not_started, "HELD", "RUNNING", "RECALLING")
+    return cells(agent.TABLE, "EXITED_IN_PROGRESS", AgentCalls._not_started, "HELD", "RUNNING", "RECALLING")
 
 
 def blame_the_call_behind() -> list[Change]:
@@ -212,9 +215,9 @@ def soft_over_recall_is_answered_twice() -> list[Change]:
     """The scheduler fails a soft cancel over a recall at once, and forwards the recall's answer as well."""
 
     def over_recall(self: Any, task: Any, cancel_no: int, kind: Any) -> None:
-        if kind is scheduler.CancelKind.SOFT:
+        if kind is CancelKind.SOFT:
             self._answer(task, cancel_no, scheduler.FAILED)
-        SchedulerState._over_recall(self, task, cancel_no, kind)
+        SchedulerTasks._over_recall(self, task, cancel_no, kind)
 
     return cells(scheduler.TABLE, "CANCEL", over_recall, "RECALLING")
 
@@ -223,7 +226,7 @@ def forget_the_partial_answer() -> list[Change]:
     """The scheduler takes a partial answer to a soft cancel for the end of the forced one that overtook it."""
 
     def cancelled(self: Any, task: Any, at: int, is_newest: bool) -> None:
-        SchedulerState._cancelled(self, task, at, True)
+        SchedulerTasks._cancelled(self, task, at, True)
 
     return cells(scheduler.TABLE, "CANCELED", cancelled, "CANCELING")
 
@@ -243,7 +246,7 @@ def read_the_pipe_after_deciding() -> list[Change]:
 
 def no_recall_from_busy_workers() -> list[Change]:
     """The agent leaves calls behind a long one though others are idle."""
-    return [(AgentState, "_recall", lambda self, worker: 0)]
+    return [(Dispatch, "_recall", lambda self, worker: 0)]
 
 
 MUTATIONS: list[Callable[[], list[Change]]] = [

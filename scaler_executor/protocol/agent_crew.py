@@ -1,7 +1,7 @@
 """What an agent keeps of its calls and workers, and how it shares the calls out.
 
-`agent` decides what events mean; this module holds the rows, and the policy of who is given how many calls at once.
-Times are seconds.
+It holds the rows, and the measures by which calls are shared out: who should have a call, and how many at once. It
+decides nothing of what becomes of a call (`agent_calls`) or a worker (`agent_hiring`). Times are seconds.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ class Call:
     @property
     def open_items(self) -> int:
         return self.items - self.start
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether it is to be stopped, running or not."""
+        return bool(self.cancel_no) and self.kind is CancelKind.FORCED
 
 
 class Worker:

@@ -1,0 +1,182 @@
+"""Which workers an agent has: when one is ordered, let go or waited for, and when it is given up to start any.
+
+It knows the workers of `agent_crew`, the clients that they are for, and how often starting one has failed. Of the
+calls in their hands it knows no more than that there are some.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from scaler_executor.protocol.agent_crew import Crew, Worker
+from scaler_executor.protocol.agent_events import Fork, Kill, Retire
+from scaler_executor.protocol.agent_output import AgentOutput
+from scaler_executor.protocol.messages import WorkersBroken
+
+#: So many workers in a row may die before they are ready.
+MAX_START_FAILURES: Final = 3
+#: After a fork failed (no memory, too many processes) the next is tried so much later, and so many times while there is
+#: no worker at all.
+FORK_RETRY_S: Final = 0.1
+MAX_FORK_FAILURES: Final = 30
+
+
+class Hiring:
+    """Hires and dismisses the workers of one agent."""
+
+    def __init__(self, crew: Crew, output: AgentOutput) -> None:
+        self._crew = crew
+        self._output = output
+        self._last_worker_id = 0
+        #: {client_id: n}: so many workers in a row died before they were ready.
+        self._start_failures: dict[int, int] = {}
+        #: {client_id: n}: so many forks in a row failed while it had no worker.
+        self._fork_failures: dict[int, int] = {}
+        #: When workers may be ordered again after a fork failed, or None.
+        self.hire_at: float | None = None
+        #: {client_id: reason} of the clients for which no worker can be started.
+        self.broken: dict[int, str] = {}
+        #: Clients that are gone but still have workers here.
+        self.gone_clients: set[int] = set()
+        #: Workers of an earlier epoch.
+        self.old_workers: set[int] = set()
+        #: Nobody is hired any more, and who has nothing to do may go.
+        self.draining = False
+
+    def serves(self, client_id: int) -> bool:
+        """Tell whether calls of this client can still be started here."""
+        return not (self.draining or client_id in self.broken or client_id in self.gone_clients)
+
+    # Coming
+
+    def hire(self, client_id: int) -> None:
+        """Order workers for calls that no worker can take now."""
+        crew = self._crew
+        coming = sum(1 for worker in crew.workers.values() if worker.state in ("FORKING", "STARTING"))
+        wanted = crew.queued_items - coming
+        while wanted > 0 and crew.staff() < crew.max_workers:
+            self.order(client_id)
+            wanted -= 1
+        if not coming and crew.staff() >= crew.max_workers:
+            other = next((worker for worker in crew.idle.values() if worker.client_id != client_id), None)
+            if other is not None:
+                self.retire(other)
+                self.order(client_id)
+
+    def order(self, client_id: int) -> None:
+        """Have a worker forked."""
+        self._last_worker_id += 1
+        worker = Worker(self._last_worker_id, client_id)
+        self._crew.workers[worker.worker_id] = worker
+        self._output.late.append(Fork(worker.worker_id))
+
+    def forked(self, worker: Worker, pid: int) -> None:
+        """The worker's process is there."""
+        worker.pid = pid
+        self._fork_failures.pop(worker.client_id, None)
+        if worker.state == "FORKING":
+            worker.state = "STARTING"
+        elif worker.retired:
+            self._output.instructions.append(Retire(worker.worker_id))  # it was retired before it existed
+
+    def ready(self, worker: Worker) -> None:
+        """The worker can be given calls."""
+        self._start_failures.pop(worker.client_id, None)
+        if worker.state == "STARTING":
+            worker.state = "READY"
+
+    def fork_failed(self, worker: Worker, reason: str) -> str | None:
+        """A worker's process could not be made. Return why its client is to be given up, if it is."""
+        if self._is_unwanted(worker):
+            return None
+        # What a machine lacks for a moment is no reason to give up while work goes on, and none to ask all the time.
+        self.hire_at = self._output.now + FORK_RETRY_S
+        client_id = worker.client_id
+        if any(other.client_id == client_id for other in self._crew.workers.values()):
+            return None
+        failures = self._fork_failures[client_id] = self._fork_failures.get(client_id, 0) + 1
+        return f"no worker could be started: {reason}" if failures >= MAX_FORK_FAILURES else None
+
+    def start_failed(self, worker: Worker, reason: str) -> str | None:
+        """A worker died before it was ready. Return why its client is to be given up, if it is."""
+        if self._is_unwanted(worker):
+            return None
+        client_id = worker.client_id
+        failures = self._start_failures[client_id] = self._start_failures.get(client_id, 0) + 1
+        return f"workers end before they are ready: {reason}" if failures >= MAX_START_FAILURES else None
+
+    def _is_unwanted(self, worker: Worker) -> bool:
+        return worker.retired or worker.state == "LEAVING" or worker.client_id in self.gone_clients
+
+    def give_up(self, client_id: int, reason: str) -> bool:
+        """Order no more workers for a client. Return whether that is news."""
+        self._start_failures.pop(client_id, None)
+        self._fork_failures.pop(client_id, None)
+        if client_id in self.broken or client_id in self.gone_clients:
+            return False
+        self.broken[client_id] = reason
+        self._output.broken.append(WorkersBroken(client_id, reason))
+        return True
+
+    # Going
+
+    def rest(self, worker: Worker) -> None:
+        """Have a worker that may have nothing in its hands wait for the next call, or exit."""
+        if worker.state == "LEAVING" and not worker.held and not worker.retired and worker.pid:
+            # It was interrupted, but its call was over first.
+            self.retire(worker)
+        if worker.state != "READY" or worker.held or worker.portions or worker.worker_id in self._crew.idle:
+            return
+        if self.draining or worker.client_id in self.gone_clients or self._crew.room(worker) <= 0:
+            self.retire(worker)
+        else:
+            self._crew.idle[worker.worker_id] = worker
+
+    def leave(self, worker: Worker) -> None:
+        """The worker will not be used again; its replacement is ordered now, not when it is gone."""
+        self._crew.idle.pop(worker.worker_id, None)
+        if worker.state == "LEAVING":
+            return
+        worker.state = "LEAVING"
+        if self.serves(worker.client_id) and self.hire_at is None:
+            self.order(worker.client_id)
+
+    def retire(self, worker: Worker) -> None:
+        """Let a worker with nothing in its hands exit."""
+        self._crew.idle.pop(worker.worker_id, None)
+        if not worker.retired:
+            worker.retired = True
+            if worker.state != "FORKING":
+                self._output.instructions.append(Retire(worker.worker_id))
+        worker.state = "LEAVING"
+
+    def retire_unused(self, client_id: int | None) -> None:
+        """Let the workers (of one client) exit that have nothing in their hands."""
+        for worker in list(self._crew.workers.values()):
+            if not worker.held and client_id in (None, worker.client_id):
+                self.retire(worker)
+
+    def client_gone(self, client_id: int) -> None:
+        """A client needs no workers any more."""
+        self.gone_clients.add(client_id)
+        self.broken.pop(client_id, None)
+        self._start_failures.pop(client_id, None)
+        self._fork_failures.pop(client_id, None)
+        self.retire_unused(client_id)
+
+    def kill_all(self) -> None:
+        """Kill the workers of all clients, who are forgotten: their numbers may come again and mean others."""
+        for table in (self.broken, self.gone_clients, self._start_failures, self._fork_failures):
+            table.clear()
+        for worker in self._crew.workers.values():
+            worker.freeze = {} if worker.freeze is not None else None
+            self._crew.idle.pop(worker.worker_id, None)
+            worker.state, worker.retired = "LEAVING", True
+            self.old_workers.add(worker.worker_id)
+            self._output.instructions.append(Kill(worker.worker_id))
+
+    def reaped(self, worker: Worker) -> None:
+        """The worker is no more."""
+        del self._crew.workers[worker.worker_id]
+        self._crew.idle.pop(worker.worker_id, None)
+        self.old_workers.discard(worker.worker_id)

@@ -1,0 +1,69 @@
+"""What one event leads the scheduler to say: collected while the event is handled, and then made into messages.
+
+One message to a peer carries all rows of a kind. This module knows in which order they must be sent, not why any of
+them is.
+"""
+
+from __future__ import annotations
+
+from scaler_executor.protocol.messages import (
+    ClientGone,
+    TaskCancel,
+    TaskCancelConfirm,
+    TaskResult,
+    TaskRun,
+    TaskRunning,
+)
+from scaler_executor.protocol.scheduler_events import Instruction, Send
+from scaler_executor.protocol.scheduler_rows import Agent, Client
+
+
+class SchedulerOutput:
+    """The outcome of the event that is being handled."""
+
+    def __init__(self) -> None:
+        #: When the event came.
+        self.now = 0.0
+        #: What is to be done, as far as it is known; the rows that the peers hold come after it.
+        self.instructions: list[Instruction] = []
+        #: Peers that hold rows for a message, in order. Always the same object: others keep it at hand.
+        self.touched: dict[Client | Agent, None] = {}
+
+    def begin(self, now: float) -> None:
+        """Handle another event."""
+        self.now = now
+        self.instructions = []
+
+    def end(self) -> list[Instruction]:
+        """Turn the rows into messages. Return all that is to be done, in order."""
+        instructions = self.instructions
+        for peer in self.touched:
+            if isinstance(peer, Client):
+                # Results first: a result and a later confirm of the same run must not overtake each other.
+                if peer.results:
+                    instructions.append(Send(peer.peer, TaskResult(peer.results)))
+                    peer.results = []
+                if peer.confirms:
+                    instructions.append(Send(peer.peer, TaskCancelConfirm(peer.confirms)))
+                    peer.confirms = []
+                if peer.running:
+                    instructions.append(Send(peer.peer, TaskRunning(peer.running)))
+                    peer.running = []
+            else:
+                self._end_agent(peer)
+        self.touched.clear()
+        return instructions
+
+    def _end_agent(self, agent: Agent) -> None:
+        # First that a client is gone: or workers would be ordered in the place of those that its cancels stop.
+        for client_id in agent.gone_clients:
+            self.instructions.append(Send(agent.peer, ClientGone(client_id)))
+        agent.gone_clients = []
+        # Cancels before runs: a task that is cancelled in this step was assigned in an earlier one.
+        if agent.cancels:
+            self.instructions.append(Send(agent.peer, TaskCancel(agent.cancels)))
+            agent.cancels = []
+        if agent.runs:
+            forget = agent.known.trim()
+            self.instructions.append(Send(agent.peer, TaskRun(agent.runs, agent.functions, forget)))
+            agent.runs, agent.functions = [], []

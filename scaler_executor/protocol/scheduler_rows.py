@@ -1,0 +1,126 @@
+"""What the scheduler keeps of its tasks, clients and agents: the rows.
+
+They hold what was said and what is still to be said to each peer, and decide nothing: that is for `scheduler_tasks`
+(what becomes of a task) and `scheduler_assignment` (which agent it is given to).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Final, Literal
+
+from scaler_executor.protocol.functions import KnownFunctions, ReceivedFunction
+from scaler_executor.protocol.messages import (
+    CLIENT_ID_SHIFT,
+    CancelKind,
+    CancelRow,
+    ClientConfirmRow,
+    ClientResultRow,
+    Function,
+    RunRow,
+)
+
+State = Literal["QUEUED", "ASSIGNED", "RECALLING", "CANCELING", "FENCING", "GONE"]
+QUEUED: Final = "QUEUED"
+ASSIGNED: Final = "ASSIGNED"
+RECALLING: Final = "RECALLING"
+CANCELING: Final = "CANCELING"
+FENCING: Final = "FENCING"
+#: Not a state of the table: marks a task that is forgotten but whose entry still stands in its client's queue.
+GONE: Final = "GONE"
+
+_NO_FUNCTION: Final = ReceivedFunction(Function(0, "", b"", 0), lambda _: None)
+
+
+class Task:
+    """A task. The attributes with a class-level default are set on the way, if ever."""
+
+    state: State = QUEUED
+    #: The agent that has it; None in QUEUED and FENCING.
+    agent: Agent | None = None
+    #: Number of the current attempt. What an agent says of another one is stale.
+    attempt: int = 1
+    #: How often it was tried and lost its worker so far.
+    deaths: int = 0
+    #: Items answered, from the front. The others are outstanding.
+    start: int = 0
+    #: Newest cancel request to the agent; only set in RECALLING and CANCELING.
+    agent_cancel_no: int = 0
+    #: Newest cancel request of the user, in CANCELING and FENCING; 0: none, or nobody to answer.
+    user_cancel_no: int = 0
+    kind: CancelKind = CancelKind.RECALL
+    #: A recall has been refused once: it was running. It is not asked again.
+    recall_refused: bool = False
+
+    def __init__(
+        self,
+        task_id: int,
+        client: Client,
+        no: int,
+        offset: int,
+        items: int,
+        skip: int,
+        function: ReceivedFunction,
+        payload: Any,
+    ) -> None:
+        self.task_id = task_id
+        self.client = client
+        #: The number under which the client submitted it, and where in that run its items begin.
+        self.no = no
+        self.offset = offset
+        self.items = items
+        #: Where in the payload its items begin.
+        self.skip = skip
+        self.function = function
+        self.payload = payload
+
+    @property
+    def open_items(self) -> int:
+        return self.items - self.start
+
+
+class Client:
+    """A client as the scheduler sees it."""
+
+    def __init__(self, peer: int, client_id: int) -> None:
+        self.peer = peer
+        self.client_id = client_id
+        self.base = client_id << CLIENT_ID_SHIFT
+        self.functions: dict[int, ReceivedFunction] = {0: _NO_FUNCTION}
+        #: Tasks in QUEUED, next first, among entries that are GONE.
+        self.queue: deque[Task] = deque()
+        #: {no: {task_id: Task}} of the submitted runs of more than one item: the tasks that a run has become.
+        self.runs: dict[int, dict[int, Task]] = {}
+        self.last_no = 0
+        #: Set when it is lost: its tasks are being stopped and nobody is answered.
+        self.gone = False
+        #: Number of its tasks that are not over; kept from the time when it is gone.
+        self.tasks_left = 0
+        #: Why no worker can be started for it, or None.
+        self.broken: str | None = None
+        self.results: list[ClientResultRow] = []
+        self.confirms: list[ClientConfirmRow] = []
+        self.running: list[int] = []
+
+
+class Agent:
+    """An agent as the scheduler sees it."""
+
+    def __init__(self, peer: int, name: str) -> None:
+        self.peer = peer
+        self.name = name
+        #: How many tasks it wants to hold at once.
+        self.capacity = 0
+        self.workers = 0
+        #: How many it holds.
+        self.held = 0
+        #: Since when it has had fewer tasks than workers while nothing was queued, or None.
+        self.idle_since: float | None = None
+        #: Clients for which it cannot start a worker.
+        self.broken_for: set[int] = set()
+        #: Keys (client_id, function_id) of the functions that it has.
+        self.known: KnownFunctions[tuple[int, int]] = KnownFunctions()
+        self.runs: list[RunRow] = []
+        self.functions: list[tuple[int, Function]] = []
+        self.cancels: list[CancelRow] = []
+        self.gone_clients: list[int] = []

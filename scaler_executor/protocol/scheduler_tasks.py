@@ -1,0 +1,388 @@
+"""What becomes of a task: the table at the end of this file, which is the heart of the scheduler.
+
+It knows the state of every accepted task and what each event makes of it, and alone makes attempts. It does not know
+how an event got here (`scheduler` has looked at who said it, and of which attempt), nor which agent is next
+(`scheduler_assignment`). Each odd-looking cell names the race that needs it.
+
+One task is in exactly one of these states:
+
+QUEUED      waits for room at an agent
+ASSIGNED    an agent has it: queued there, in a worker's hands, or running
+RECALLING   as ASSIGNED, and the scheduler has asked for it back to run it elsewhere
+CANCELING   as ASSIGNED, and its user has asked to cancel it; whatever the agent says next answers that
+FENCING     its agent is out of reach and may still be running it, until the fence time is over
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from scaler_executor.protocol.codec import RemoteProtocolError
+from scaler_executor.protocol.machine import Story, forbidden, peer_error
+from scaler_executor.protocol.messages import CancelKind, DeathReport, ResultKind, TaskCancelConfirmType
+from scaler_executor.protocol.scheduler_assignment import Assignment
+from scaler_executor.protocol.scheduler_output import SchedulerOutput
+from scaler_executor.protocol.scheduler_rows import (
+    ASSIGNED,
+    CANCELING,
+    FENCING,
+    GONE,
+    QUEUED,
+    RECALLING,
+    Client,
+    Task,
+)
+
+CANCELED: Final = TaskCancelConfirmType.CANCELED
+NOT_FOUND: Final = TaskCancelConfirmType.CANCEL_NOT_FOUND
+FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
+
+
+class SchedulerTasks:
+    """All tasks that are accepted and not over."""
+
+    def __init__(self, assignment: Assignment, output: SchedulerOutput) -> None:
+        #: {task_id: Task}
+        self.by_id: dict[int, Task] = {}
+        #: Clients that are gone but whose tasks have not all been stopped yet.
+        self.leaving: dict[Client, None] = {}
+        self.story = Story()
+        self._assignment = assignment
+        self._output = output
+        #: `output.touched`, at hand because each result needs it.
+        self._touched = output.touched
+        self._last_cancel_no = 0
+
+    def step(self, task: Task, event: str, *details: Any) -> None:
+        """Do what the table says of this event in the state of `task`."""
+        before = task.state
+        TABLE[before][event](self, task, *details)
+        self.story.add(self._output.now, task.task_id, event, before, task.state, repr(details) if details else "")
+
+    def recall(self, task: Task) -> None:
+        """Ask for a task in ASSIGNED back, to run it elsewhere."""
+        self.story.add(self._output.now, task.task_id, "recall", ASSIGNED, RECALLING)
+        task.state = RECALLING
+        self._ask_agent(task, CancelKind.RECALL)
+
+    def fail_broken(self, task: Task, reason: str) -> None:
+        """Answer for a task that no worker can be started for."""
+        self._forward(task, task.start, task.open_items, ResultKind.BROKEN, reason.encode())
+
+    # Cells of the table. Each takes the task and what the event carries.
+
+    def _drop_queued(self, task: Task, cancel_no: int, kind: CancelKind) -> None:
+        self._answer(task, cancel_no, CANCELED)
+        self._forget(task)
+
+    def _pass_on(self, task: Task, cancel_no: int, kind: CancelKind) -> None:
+        task.state = CANCELING
+        task.user_cancel_no, task.kind = cancel_no, kind
+        self._ask_agent(task, kind)
+
+    def _over_recall(self, task: Task, cancel_no: int, kind: CancelKind) -> None:
+        if kind is CancelKind.FORCED:
+            self._pass_on(task, cancel_no, kind)
+        else:
+            # The agent is asked already, and a recall goes as far as a soft cancel: its answer is the user's.
+            task.state = CANCELING
+            task.user_cancel_no, task.kind = cancel_no, kind
+
+    def _again(self, task: Task, cancel_no: int, kind: CancelKind) -> None:
+        task.user_cancel_no = cancel_no
+        if kind > task.kind:
+            self._pass_on(task, cancel_no, kind)
+
+    def _note_cancel(self, task: Task, cancel_no: int, kind: CancelKind) -> None:
+        task.user_cancel_no, task.kind = cancel_no, kind
+
+    def _forward(self, task: Task, first: int, count: int, kind: int, payload: Any) -> None:
+        # Also in CANCELING: the call ended while the request was on its way, and its result is the answer. Dropping
+        # it would leave the user waiting for a confirm that no agent will send.
+        if first != task.start or count < 1 or first + count > task.items:
+            raise RemoteProtocolError(f"items {first}+{count} of {task.start} to {task.items}")
+        client = task.client
+        if not client.gone:
+            client.results.append((task.no, task.offset + first, count, kind, payload))
+            self._touched[client] = None
+        task.start = first + count
+        if task.start == task.items:
+            self._forget(task)
+
+    def _came_back(self, task: Task, at: int, is_newest: bool) -> None:
+        task.state, task.agent_cancel_no = ASSIGNED, 0
+        self._requeue(self._split_off(task, at) if at > task.start else task)
+
+    def _cancelled(self, task: Task, at: int, is_newest: bool) -> None:
+        head, user_cancel_no = task, task.user_cancel_no
+        if at > task.start:
+            task = self._split_off(task, at)
+            # Only the tail had not started. The rest runs on, and the request has done what it could; but if a soft
+            # request has been overtaken by a forced one, that one is still on its way to the rest.
+            if is_newest and not head.client.gone:
+                head.state, head.agent_cancel_no, head.user_cancel_no = ASSIGNED, 0, 0
+        self._answer(task, user_cancel_no, CANCELED)
+        self._forget(task)
+
+    def _cancelled_unasked(self, task: Task, at: int, is_newest: bool) -> None:
+        raise RemoteProtocolError(f"Canceled without a request, task {task.task_id}")
+
+    def _runs_on(self, task: Task) -> None:
+        task.state, task.agent_cancel_no, task.recall_refused = ASSIGNED, 0, True
+
+    def _refused(self, task: Task) -> None:
+        if task.client.gone:
+            return  # nobody to tell; it is over when its result comes or its worker goes
+        self._answer(task, task.user_cancel_no, FAILED)
+        task.state, task.agent_cancel_no, task.user_cancel_no = ASSIGNED, 0, 0
+
+    def _not_there(self, task: Task) -> None:
+        self._answer(task, task.user_cancel_no, NOT_FOUND)
+        self._forget(task)
+
+    def _retry_or_fail(self, task: Task, report: DeathReport) -> None:
+        task.deaths += 1
+        if task.deaths <= task.function.function.options.retries:
+            task.state, task.agent_cancel_no = ASSIGNED, 0
+            self._requeue(task, new_attempt=True)
+            return
+        report.attempt = task.attempt
+        payload = msgspec.msgpack.encode(report)
+        self._forward(task, task.start, task.open_items, ResultKind.DIED, payload)
+
+    def _died_cancelled(self, task: Task, report: DeathReport) -> None:
+        # Whatever it was that killed the worker, the code has stopped; never start again what its user wanted to stop.
+        self._answer(task, task.user_cancel_no, CANCELED)
+        self._forget(task)
+
+    def _returned(self, task: Task) -> None:
+        task.state, task.agent_cancel_no = ASSIGNED, 0
+        self._requeue(task)
+
+    def _returned_cancelled(self, task: Task) -> None:
+        self._answer(task, task.user_cancel_no, CANCELED)
+        self._forget(task)
+
+    def _split(self, task: Task, at: int) -> None:
+        if not (task.start <= at < task.items) or not at:
+            raise RemoteProtocolError(f"split at item {at} of {task.start} to {task.items}")
+        tail = self._split_off(task, at)
+        tail.state, tail.agent = ASSIGNED, task.agent
+        assert task.agent is not None
+        task.agent.held += 1
+        if task.start == at:
+            self._forget(task)
+
+    def _split_cancelled(self, task: Task, at: int) -> None:
+        # The split and the cancel crossed: the agent took the cancel for the head alone.
+        self._split(task, at)
+        self._pass_on(self.by_id[task.task_id + at], task.user_cancel_no, task.kind)
+
+    def _lost_with_agent(self, task: Task, fenced: list[Task], stopped: bool) -> None:
+        if stopped:
+            self._retry_or_fail(task, DeathReport(reason="its agent's process has ended"))
+            return
+        self._fence(task, fenced)
+
+    def _cancelled_with_agent(self, task: Task, fenced: list[Task], stopped: bool) -> None:
+        if stopped:
+            self._answer(task, task.user_cancel_no, CANCELED)
+            self._forget(task)
+            return
+        self._fence(task, fenced)
+
+    def _fence(self, task: Task, fenced: list[Task]) -> None:
+        assert task.agent is not None
+        task.agent.held -= 1
+        task.state, task.agent, task.agent_cancel_no = FENCING, None, 0
+        fenced.append(task)
+
+    def _fence_due(self, task: Task) -> None:
+        if task.user_cancel_no or task.client.gone:
+            self._answer(task, task.user_cancel_no, CANCELED, proven=False)
+            self._forget(task)
+        else:
+            self._retry_or_fail(task, DeathReport(reason="the machine that ran it is out of reach"))
+
+    def _stop_unheard(self, task: Task) -> None:
+        task.state, task.user_cancel_no, task.kind = CANCELING, 0, CancelKind.FORCED
+        self._ask_agent(task, CancelKind.FORCED)
+
+    def _stop_unheard_again(self, task: Task) -> None:
+        raised = task.kind is not CancelKind.FORCED
+        task.user_cancel_no = 0
+        if raised:
+            self._stop_unheard(task)
+
+    def _no_addressee(self, task: Task) -> None:
+        task.user_cancel_no = 0
+
+    # What cells do
+
+    def _answer(self, task: Task, cancel_no: int, kind: TaskCancelConfirmType, proven: bool = True) -> None:
+        client = task.client
+        if not client.gone:
+            client.confirms.append((task.no, cancel_no, kind, task.offset + task.start, task.open_items, proven))
+            self._touched[client] = None
+
+    def _ask_agent(self, task: Task, kind: CancelKind) -> None:
+        agent = task.agent
+        assert agent is not None
+        self._last_cancel_no += 1
+        task.agent_cancel_no = self._last_cancel_no
+        agent.cancels.append((task.task_id, task.agent_cancel_no, int(kind)))
+        self._touched[agent] = None
+
+    def _forget(self, task: Task) -> None:
+        del self.by_id[task.task_id]
+        agent, client = task.agent, task.client
+        if agent is not None:
+            agent.held -= 1
+            task.agent = None
+        task.state = GONE
+        task.payload = b""
+        if client.runs:
+            pieces = client.runs.get(task.no)
+            if pieces is not None:
+                del pieces[task.task_id]
+                if not pieces:
+                    del client.runs[task.no]
+        if client.gone:
+            client.tasks_left -= 1
+            if not client.tasks_left:
+                self.leaving.pop(client, None)
+
+    def _split_off(self, task: Task, at: int) -> Task:
+        """Make the items of `task` from `at` on a task of their own, held by nobody, of the same attempt."""
+        tail = Task(
+            task.task_id + at,
+            task.client,
+            task.no,
+            task.offset + at,
+            task.items - at,
+            task.skip + at,
+            task.function,
+            task.payload,
+        )
+        tail.attempt, tail.deaths = task.attempt, task.deaths
+        task.items = at
+        self.by_id[tail.task_id] = tail
+        task.client.runs[task.no][tail.task_id] = tail
+        if task.client.gone:
+            task.client.tasks_left += 1
+        return tail
+
+    def _requeue(self, task: Task, new_attempt: bool = False) -> None:
+        """Put the outstanding items of `task`, which no agent has any more, at the front of the queue."""
+        client = task.client
+        if task.start:
+            # Its agent numbers the items of a task from its first one, so what is run again needs its own number.
+            rest = self._split_off(task, task.start)
+            self._forget(task)
+            task = rest
+        if task.agent is not None:
+            task.agent.held -= 1
+            task.agent = None
+        if new_attempt:
+            task.attempt += 1
+        task.state, task.recall_refused = QUEUED, False
+        if client.broken is not None:
+            self.fail_broken(task, client.broken)
+            return
+        client.queue.appendleft(task)
+        self._assignment.line_up(client)
+
+
+_Cell: TypeAlias = Callable[..., None]
+
+STATES: Final = (QUEUED, ASSIGNED, RECALLING, CANCELING, FENCING)
+EVENTS: Final = (
+    "CANCEL",  # by the client: cancel_no, kind
+    "RESULT",  # by the agent: first, count, kind, payload
+    "CANCELED",  # by the agent: at; whether that answers the newest request
+    "FAILED",  # by the agent, of the newest request
+    "NOT_FOUND",  # by the agent, of the newest request
+    "DIED",  # by the agent: report. The worker died in the first outstanding item.
+    "RETURNED",  # by the agent: handed back before it started
+    "SPLIT",  # by the agent: at
+    "AGENT_LOST",  # fenced, stopped
+    "CLIENT_LOST",
+    "FENCE_DUE",
+)
+
+_T = SchedulerTasks
+TABLE: Final[dict[str, dict[str, _Cell]]] = {
+    QUEUED: {
+        "CANCEL": _T._drop_queued,
+        # No agent has a queued task, and what an agent says of one that it does not have is stale before it gets here.
+        "RESULT": forbidden,
+        "CANCELED": forbidden,
+        "FAILED": forbidden,
+        "NOT_FOUND": forbidden,
+        "DIED": forbidden,
+        "RETURNED": forbidden,
+        "SPLIT": forbidden,
+        "AGENT_LOST": forbidden,
+        "CLIENT_LOST": _T._forget,
+        "FENCE_DUE": forbidden,
+    },
+    ASSIGNED: {
+        "CANCEL": _T._pass_on,
+        "RESULT": _T._forward,
+        "CANCELED": _T._cancelled_unasked,
+        # The number of a request is looked at before the state, and in ASSIGNED there is none.
+        "FAILED": peer_error,
+        "NOT_FOUND": peer_error,
+        "DIED": _T._retry_or_fail,
+        "RETURNED": _T._returned,
+        "SPLIT": _T._split,
+        "AGENT_LOST": _T._lost_with_agent,
+        "CLIENT_LOST": _T._stop_unheard,
+        "FENCE_DUE": forbidden,
+    },
+    RECALLING: {
+        # A user's cancel over a recall: the recall's answer must not send the task round again.
+        "CANCEL": _T._over_recall,
+        "RESULT": _T._forward,
+        "CANCELED": _T._came_back,
+        "FAILED": _T._runs_on,
+        "NOT_FOUND": peer_error,
+        "DIED": _T._retry_or_fail,
+        "RETURNED": _T._returned,
+        # The recall was for the whole run and the agent takes it for the head alone: the tail stays where it is.
+        "SPLIT": _T._split,
+        "AGENT_LOST": _T._lost_with_agent,
+        "CLIENT_LOST": _T._stop_unheard,
+        "FENCE_DUE": forbidden,
+    },
+    CANCELING: {
+        "CANCEL": _T._again,
+        "RESULT": _T._forward,
+        "CANCELED": _T._cancelled,
+        "FAILED": _T._refused,
+        "NOT_FOUND": _T._not_there,
+        "DIED": _T._died_cancelled,
+        "RETURNED": _T._returned_cancelled,
+        "SPLIT": _T._split_cancelled,
+        "AGENT_LOST": _T._cancelled_with_agent,
+        "CLIENT_LOST": _T._stop_unheard_again,
+        "FENCE_DUE": forbidden,
+    },
+    FENCING: {
+        "CANCEL": _T._note_cancel,
+        # Its agent is gone, and nobody else has it.
+        "RESULT": forbidden,
+        "CANCELED": forbidden,
+        "FAILED": forbidden,
+        "NOT_FOUND": forbidden,
+        "DIED": forbidden,
+        "RETURNED": forbidden,
+        "SPLIT": forbidden,
+        "AGENT_LOST": forbidden,
+        "CLIENT_LOST": _T._no_addressee,
+        "FENCE_DUE": _T._fence_due,
+    },
+}
