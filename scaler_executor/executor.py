@@ -101,7 +101,7 @@ class ScalerExecutor(Executor):
         try:
             from scaler_executor.runtime.client import ClientFutureManager
 
-            self._client = ClientFutureManager(cluster, cluster.main, cancel_timeout_s=cancel_timeout)
+            self._client = ClientFutureManager(cluster, cancel_timeout_s=cancel_timeout)
         except BaseException:
             cluster.kill()
             cluster.join()

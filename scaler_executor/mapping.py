@@ -272,7 +272,7 @@ class MapCall:
 
     def _submit(self, items: list[tuple[Any, ...]]) -> None:
         self._ahead += len(items)
-        self._client.check_open()
+        self._client.start()
         try:
             if self._prepared is None:
                 self._prepared = self._client.prepare(self._function)

@@ -218,7 +218,6 @@ class AgentState:
                 lambda needed, client_id=client_id: functions.get((client_id, needed)),  # type: ignore[misc]
             )
         append = crew.queue.append
-        items_queued = 0
         for task_id, attempt, client_id, items, skip, function_id, payload in message.tasks:
             if task_id in calls or items < 1 or skip < 0:
                 raise RemoteProtocolError(f"task {task_id} of {items} items, skip {skip}")
@@ -233,8 +232,7 @@ class AgentState:
             call = calls[task_id] = Call(task_id, attempt, client_id, items, skip, used, payload)
             append(call)
             crew.queued += 1
-            items_queued += items
-        crew.queued_items += items_queued
+            crew.queued_items += items
         for key in message.forget:
             functions.pop(key, None)
 

@@ -90,7 +90,7 @@ class CallPickler:
             data = _dumps(value, PROTOCOL, buffer_callback=_refuse_large)
         except Exception:
             return None
-        return data if len(data) <= INLINE_BYTES and b"__main__" not in data else None
+        return data if len(data) <= INLINE_BYTES and not _is_special(data) else None
 
     def dumps_in_band(self, value: Any, names: set[str] | None = None) -> bytes:
         """Return one pickle of any size; `names` and errors as `dumps`."""
@@ -164,7 +164,7 @@ class CallPickler:
     ) -> bytes:
         try:
             data = _dumps(value, PROTOCOL, buffer_callback=keep_in_band)
-            if b"__main__" not in data:
+            if not _is_special(data):
                 return data
         except Exception:
             pass  # a lambda, say; what refuses it in the end says why
@@ -199,6 +199,11 @@ class CallPickler:
         except Exception:
             return False
         return True
+
+
+def _is_special(data: bytes) -> bool:
+    """Tell whether a pickle may name what C pickle alone does not do right: see `namespace`."""
+    return b"__main__" in data or b"multiprocessing." in data
 
 
 class _LargeBufferFound(Exception):

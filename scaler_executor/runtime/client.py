@@ -94,6 +94,10 @@ class Cluster(Protocol):
 
     socket: socket.socket
     death_fd: int
+    main: MainDefinitions
+
+    def start(self) -> None:
+        """Have workers started from now on. Called once, unless it raises."""
 
     def join(self) -> str:
         """Wait until the processes are gone, release everything, return how they ended."""
@@ -147,19 +151,21 @@ class ClientFutureManager:
     """The client. Thread-safe.
 
     Args:
-        cluster: Started; the client waits for its end.
-        main: What of `__main__` workers have, and what they are to be sent.
+        cluster: Is started with the first call; the client waits for its end.
         cancel_timeout_s: How long `cancel()` waits by default, None for no limit.
     """
 
-    def __init__(self, cluster: Cluster, main: MainDefinitions, *, cancel_timeout_s: float | None) -> None:
+    def __init__(self, cluster: Cluster, *, cancel_timeout_s: float | None) -> None:
         self.cancel_timeout_s = cancel_timeout_s
+        self._main = main = cluster.main
         self.pickler = pickler = CallPickler(main)
-        self._main = main
         self._dumps_small = pickler.dumps_small
         self._cluster = cluster
         #: Makes the exception with which new calls are refused; None while they are accepted. Changed under `_lock`.
         self._refusal: Callable[[], Exception] | None = None
+        #: Whether workers can be started. Changed under `_start_lock`.
+        self._is_started = False
+        self._start_lock = threading.RLock()
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
         self._functions = FunctionTable(pickler, main)
@@ -234,6 +240,21 @@ class ClientFutureManager:
         if self._refusal is not None:
             raise self._refusal()
 
+    def start(self) -> None:
+        """Do what the first call needs. Raises what a new call would raise."""
+        self.check_open()
+        if self._is_started:
+            return
+        with self._start_lock:
+            self.check_open()
+            if not self._is_started:
+                self._is_started = True  # already: a signal handler may submit while this thread is in here
+                try:
+                    self._cluster.start()
+                except BaseException:
+                    self._is_started = False
+                    raise
+
     def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
         """Pickle and queue a call. What does not pickle is set on the future.
 
@@ -251,7 +272,7 @@ class ClientFutureManager:
 
     def _submit_any(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
         """Submit what is not a small call of a function that is known already."""
-        self.check_open()
+        self.start()
         try:
             prepared = self._functions.prepare(function, CallStyle.CALL)
             names = set(prepared.names)
@@ -296,7 +317,8 @@ class ClientFutureManager:
         return function_id
 
     def prepare(self, function: Any) -> PreparedFunction:
-        """Make a function ready for `submit_run`; raises what does not pickle."""
+        """Make a function ready for `submit_run`, the first of which `start` must precede; raises what does not
+        pickle."""
         return self._functions.prepare(function, CallStyle.MAP)
 
     def needs(self, names: Iterable[str]) -> Needs:
@@ -400,6 +422,7 @@ class ClientFutureManager:
         self._refusal = _refuse_child
         # A thread of the parent may have held them, and here nobody would let go of them.
         self._lock = threading.RLock()
+        self._start_lock = threading.RLock()
         self._io_lock = threading.RLock()
         for close in (self._cluster.close, self._bell.close):
             try:
@@ -554,7 +577,14 @@ class ClientFutureManager:
                 # Calls were refused before this was set, so none can be in a later batch.
                 self._close_told = not self._batch.tasks and self._direct is None
             if self._close_told:
-                self._handle(CloseAsked())
+                with self._start_lock:
+                    # Calls are refused, so it stays as it is: what was never started has nothing to take leave of.
+                    was_started = self._is_started
+                if was_started:
+                    self._handle(CloseAsked())
+                else:
+                    self._drop_unsent()
+                    self._is_closed = True
 
     def _take_up_direct(self) -> None:
         direct = self._direct

@@ -1,11 +1,12 @@
 """Starts the processes of an embedded cluster and sees them off.
 
 This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one
-end of a pair to it. Where workers are
-to be forks of the user's process, the forker is forked here, now, and its control pair is handed to serve.
+end of a pair to it. That process is started at once, and imports while its user goes on; the rest waits for the first
+call, as ProcessPoolExecutor's processes do: then the forker is forked here where workers are to be forks of the user's
+process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then.
 
-What serve is told (its `config`) goes through a pipe: the arguments and the environment of a process can be read by
-others.
+What serve is told (its `config`) goes through a pair of its own: the arguments and the environment of a process can be
+read by others.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from scaler_executor.runtime import platform
-
-if TYPE_CHECKING:
-    from scaler_executor.runtime.namespace import MainDefinitions
+from scaler_executor.runtime import identity, platform
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path
@@ -45,10 +43,15 @@ try:
 except ImportError:
     main = None
 import marshal
-with open({fd}, "rb") as file:
-    # By its length: a process that another thread forks meanwhile may hold the other end.
-    size = int.from_bytes(file.read(8), "little")
-    config = size and marshal.loads(file.read(size))
+def read(size):
+    # By its length: a process that another thread forks meanwhile may hold the other end. Not a byte more: descriptors
+    # may come behind it.
+    data = bytearray()
+    while len(data) < size and (part := os.read({fd}, size - len(data))):
+        data += part
+    return data
+size = int.from_bytes(read(8), "little")
+config = size and marshal.loads(read(size))
 if config:
     if main is None:
         sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
@@ -69,7 +72,6 @@ class EmbeddedCluster:
 
     Raises:
         OSError: A process or descriptor could not be made.
-        Exception: What pickling `initializer` or `initargs` raised, where workers are not forks of this process.
     """
 
     def __init__(
@@ -81,87 +83,139 @@ class EmbeddedCluster:
         max_tasks_per_child: int | None,
         cancel_grace_s: float,
     ) -> None:
+        self._config = {
+            "max_workers": max_workers,
+            "max_tasks_per_child": max_tasks_per_child,
+            "cancel_grace_s": cancel_grace_s,
+            "start_method": start_method,
+            "has_initializer": initializer is not None,
+        }
+        self._initializer = initializer
+        #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
+        self._initargs = initargs
         self._forker_pid: int | None = None
-        is_fork = start_method == "fork"
-        placeholders = _fill_standard_descriptors()
-        control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if is_fork else (None, None)
-        self.socket, theirs = socket.socketpair()
-        client_pidfd = platform.pidfd_open(os.getpid())
-        read_fd, write_fd = os.pipe()
-        ends = [end for end in (theirs, control, their_control) if end is not None]
-        inherited = [theirs.fileno(), client_pidfd, read_fd]
-        if their_control is not None:
-            inherited.append(their_control.fileno())
         self.death_fd = -1
-        is_started = False
+        placeholders = _fill_standard_descriptors()
         try:
-            self._serve_pid = _start_serve(read_fd, inherited)
-            self.death_fd = platform.pidfd_open(self._serve_pid)
-            # Imported now, while serve starts.
-            from scaler_executor.runtime.namespace import MainDefinitions, snapshot
-
-            inherited_main = snapshot() if is_fork else None
-            #: What of `__main__` workers have, and what they are to be sent.
-            self.main = MainDefinitions(inherited_main)
-            initializer_pickle: bytes | None = None
-            definitions: list[tuple[str, int, list[Any]]] = []
-            if control is not None:
-                ours = [client_pidfd, read_fd, write_fd, self.death_fd, self.socket.fileno()]
-                ours += [end.fileno() for end in ends if end is not control]
-                self._fork_forker(control, initializer, initargs, inherited_main, ours)
-            elif initializer is not None:
-                initializer_pickle, definitions = _pickle_initializer(initializer, initargs, self.main)
-            config = {
-                "max_workers": max_workers,
-                "max_tasks_per_child": max_tasks_per_child,
-                "cancel_grace_s": cancel_grace_s,
-                "start_method": start_method,
-                "initializer_pickle": initializer_pickle,
-                "definitions": definitions,
-                "has_initializer": initializer is not None,
-                "sys_path": [str(entry) for entry in sys.path],
-                "cwd": _working_directory(),
-                "argv": [str(argument) for argument in getattr(sys, "argv", [])],
+            self.socket, theirs = socket.socketpair()
+            self._config_socket, their_config = socket.socketpair()
+            client_pidfd = platform.pidfd_open(os.getpid())
+            inherited = [theirs.fileno(), their_config.fileno(), client_pidfd]
+            self._config |= {
                 "socket_fd": theirs.fileno(),
-                "control_fd": None if their_control is None else their_control.fileno(),
+                "config_fd": their_config.fileno(),
                 "client_pidfd": client_pidfd,
+                "client_pid": os.getpid(),
             }
-            os.close(read_fd)
-            read_fd = -1
-            data = marshal.dumps(config)
-            _write_all(write_fd, len(data).to_bytes(8, "little") + data)
-            is_started = True
+            #: The control pair of a forker that is still to be forked: serve's end it has.
+            self._forker_socket: socket.socket | None = None
+            control: socket.socket | None = None
+            if start_method == "fork":
+                self._forker_socket, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                inherited.append(control.fileno())
+            self._config["control_fd"] = control.fileno() if control is not None else None
+            try:
+                self._environment = dict(os.environ)
+                self._serve_pid = _start_serve(their_config.fileno(), inherited)
+                self.death_fd = platform.pidfd_open(self._serve_pid)
+            finally:
+                os.close(client_pidfd)
+                for end in (theirs, their_config, *([control] if control is not None else [])):
+                    end.close()
+        except BaseException:
+            self.close()
+            if self.death_fd < 0 and hasattr(self, "_serve_pid"):
+                _reap(self._serve_pid)
+            raise
         finally:
             for fd in placeholders:
                 os.close(fd)
-            for fd in (client_pidfd, read_fd, write_fd):
-                if fd >= 0:
-                    os.close(fd)
-            for end in ends:
-                end.close()
-            if not is_started:
-                # Their pairs and the configuration closed, processes that were started for nothing end.
-                self.socket.close()
-                if self.death_fd >= 0:
-                    self.join()
         self.socket.setblocking(False)
+        # Imported now, while serve starts.
+        from scaler_executor.runtime.namespace import MainDefinitions
 
-    def _fork_forker(
-        self,
-        control: socket.socket,
-        initializer: Callable[..., Any] | None,
-        initargs: tuple[Any, ...],
-        inherited_main: dict[str, tuple[Any, int]] | None,
-        not_inherited: list[int],
-    ) -> None:
+        #: What of `__main__` workers have, and what they are to be sent.
+        self.main = MainDefinitions()
+        if start_method == "fork":
+            import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
+
+    def start(self) -> None:
+        """Have workers started from now on, out of this process as it is now.
+
+        Raises:
+            OSError: The forker could not be forked; serve is killed.
+            Exception: What pickling the initializer raised, where workers are not forks of this process. It may be
+            tried again.
+        """
+        config: dict[str, Any] = {
+            **self._config,
+            "sys_path": [str(entry) for entry in sys.path],
+            "cwd": _working_directory(),
+            "argv": [str(argument) for argument in getattr(sys, "argv", [])],
+            "environment": None if os.environ == self._environment else dict(os.environ),
+            "authkey": identity.authkey(),
+            "initializer_pickle": None,
+            "definitions": [],
+            "descriptors": 0,
+        }
+        descriptors: list[int] = []
+        if self._forker_socket is not None:
+            try:
+                self._fork_forker()
+            except BaseException:
+                self.kill()
+                raise
+        elif self._initializer is not None:
+            config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
+            config["descriptors"] = len(descriptors)
+        data = marshal.dumps(config)
+        try:
+            self._config_socket.sendall(len(data).to_bytes(8, "little") + data)
+            if descriptors:
+                socket.send_fds(self._config_socket, [b"d"], descriptors)
+        except ConnectionError:
+            pass  # it has ended already, as its pidfd says
+        self._config_socket.close()
+
+    def _fork_forker(self) -> None:
         from scaler_executor.runtime.forker import fork_forker
+        from scaler_executor.runtime.namespace import snapshot
         from scaler_executor.runtime.worker import WorkerConfig
 
-        config = WorkerConfig(initializer=initializer, initargs=initargs, inherited_main=inherited_main)
-        self._forker_pid = fork_forker(config, control, not_inherited)
+        control, self._forker_socket = self._forker_socket, None
+        assert control is not None
+        try:
+            inherited_main = snapshot()
+            self.main.inherit(inherited_main)
+            config = WorkerConfig(
+                initializer=self._initializer,
+                initargs=self._initargs,
+                inherited_main=inherited_main,
+                identity=identity.Identity(parent_pid=os.getpid()),
+            )
+            ours = [self.death_fd, self.socket.fileno(), self._config_socket.fileno()]
+            self._forker_pid = fork_forker(config, control, ours)
+        finally:
+            control.close()
+
+    def _pickle_initializer(self) -> tuple[bytes, list[tuple[str, int, list[Any]]], list[int]]:
+        """Return the pickle of (initializer, initargs), the definitions that it needs, as (name, version, buffers), and
+        the descriptors that go with it."""
+        from scaler_executor.runtime.calls import CallPickler
+        from scaler_executor.runtime.spawning import pickling_for_workers
+
+        names: set[str] = set()
+        with pickling_for_workers() as descriptors:
+            pickled = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
+        definitions = [
+            (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))
+            for definition in self.main.needs(names).definitions
+        ]
+        return pickled, definitions, descriptors
 
     def join(self) -> str:
         """Wait until the processes are gone, reap them and close the descriptors. Return how serve ended, in words."""
+        self._config_socket.close()  # a serve that nobody had a call for ends by this
         poller = select.poll()
         poller.register(self.death_fd, select.POLLIN)
         poller.poll()
@@ -178,7 +232,10 @@ class EmbeddedCluster:
 
     def close(self) -> None:
         """Close the descriptors."""
-        self.socket.close()
+        for name in ("socket", "_config_socket", "_forker_socket"):
+            end = getattr(self, name, None)
+            if end is not None:
+                end.close()
         if self.death_fd >= 0:
             os.close(self.death_fd)
             self.death_fd = -1
@@ -211,28 +268,6 @@ def _working_directory() -> str | None:
         return os.getcwd()
     except OSError:
         return None  # it has been removed
-
-
-def _pickle_initializer(
-    initializer: Callable[..., Any], initargs: tuple[Any, ...], main: MainDefinitions
-) -> tuple[bytes, list[tuple[str, int, list[Any]]]]:
-    """Return the pickle of (initializer, initargs) and the definitions that it needs, as (name, version, buffers)."""
-    from scaler_executor.runtime.calls import CallPickler
-
-    names: set[str] = set()
-    pickled = CallPickler(main).dumps_in_band((initializer, initargs), names)
-    return pickled, [
-        (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))
-        for definition in main.needs(names).definitions
-    ]
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-    except BrokenPipeError:
-        pass  # it has ended already, as its pidfd says
 
 
 def _start_serve(config_fd: int, inherited: list[int]) -> int:

@@ -188,7 +188,7 @@ class Forker:
             page = platform.map_page(page_fd)
             pid = os.fork()
             if pid == 0:
-                self._become_worker(call_there, pipe_there, page, [call_here, pipe_here, page_fd])
+                self._become_worker(worker_id, call_there, pipe_there, page, [call_here, pipe_here, page_fd])
             pidfd = platform.pidfd_open(pid)
         except OSError as error:
             if pid:
@@ -208,7 +208,7 @@ class Forker:
         ours = [call_here, pipe_here, page_fd]
         self._send(WorkerForked(worker_id, pid), [*ours, pidfd], ours)
 
-    def _become_worker(self, call_fd: int, pipe_fd: int, page: memoryview, fds: list[int]) -> NoReturn:
+    def _become_worker(self, worker_id: int, call_fd: int, pipe_fd: int, page: memoryview, fds: list[int]) -> NoReturn:
         """Go on as the worker, with nothing of the forker's."""
         try:
             signal.set_wakeup_fd(-1)
@@ -225,6 +225,7 @@ class Forker:
             for worker in self._workers.values():
                 platform.unmap_page(worker.page)
             bell = platform.Bell.for_ringing(self._bell_fd)
+            self._config.identity.name = f"ScalerWorker-{worker_id}"
             worker_main(socket.socket(fileno=call_fd), pipe_fd, page, bell, self._config)
         except BaseException:
             sys.excepthook(*sys.exc_info())

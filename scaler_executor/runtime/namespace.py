@@ -18,6 +18,7 @@ This module knows pickles and names. When a definition is sent to whom is decide
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import io
 import marshal
@@ -111,20 +112,21 @@ NO_NEEDS: Final = Needs((), frozenset(), (), True)
 
 
 class MainDefinitions:
-    """The definitions of this process's `__main__`. Thread-safe.
+    """The definitions of this process's `__main__`. Thread-safe."""
 
-    Args:
-        inherited: {name: value}, what workers inherit (see `snapshot`); None if they inherit nothing.
-    """
-
-    def __init__(self, inherited: dict[str, tuple[Any, int]] | None) -> None:
-        self._inherited = inherited or {}
+    def __init__(self) -> None:
+        #: {name: (value, length)}, what workers inherit: see `snapshot`.
+        self._inherited: dict[str, tuple[Any, int]] = {}
         #: {name: Definition}: the newest of each.
         self._known: dict[str, Definition] = {}
         #: {id of an object: the name that it was first found under}. Another name for it is sent as that name's.
         self._owners: dict[int, str] = {}
         #: Held while the newest version is chosen, never while user code runs.
         self._lock = threading.Lock()
+
+    def inherit(self, inherited: dict[str, tuple[Any, int]]) -> None:
+        """Note what workers inherit. Before the first question."""
+        self._inherited = inherited
 
     def forget_inherited(self) -> None:
         """Workers inherit nothing from now on."""
@@ -349,12 +351,19 @@ class ByNamePickler(pickle.Pickler):
         names: set[str],
         defined: tuple[str, Any] | None = None,
     ) -> None:
+        self.dispatch_table = {**copyreg.dispatch_table, **_multiprocessing_reducers()}
         super().__init__(file, PROTOCOL, buffer_callback=buffer_callback)
         self._reducer = MainReducer(policy, names, defined)
 
     def reducer_override(self, value: Any) -> Any:
         """As pickle.Pickler."""
         return self._reducer.reduce(value, _refuse_by_value)
+
+
+def _multiprocessing_reducers() -> dict[Any, Any]:
+    """Return how multiprocessing pickles sockets, connections and the like, as ProcessPoolExecutor does."""
+    reduction: Any = sys.modules.get("multiprocessing.reduction")
+    return {} if reduction is None else dict(reduction.ForkingPickler._extra_reducers)
 
 
 class NeedsCloudpickle(Exception):
@@ -450,6 +459,7 @@ def make_by_value_pickler() -> Any:
             names: set[str],
             defined: tuple[str, Any] | None = None,
         ) -> None:
+            self.dispatch_table = {**cloudpickle.Pickler.dispatch_table, **_multiprocessing_reducers()}
             super().__init__(file, PROTOCOL, buffer_callback)
             self._reducer = MainReducer(policy, names, defined)
 
@@ -641,7 +651,7 @@ class WorkerMain:
     """`__main__` in a worker.
 
     Args:
-        inherited: As `MainDefinitions`.
+        inherited: See `snapshot`; None where nothing was.
     """
 
     def __init__(self, inherited: dict[str, tuple[Any, int]] | None) -> None:

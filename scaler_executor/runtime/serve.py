@@ -29,6 +29,8 @@ from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 AGENT: Final = 0
 CLIENT: Final = 1
+#: So long a forker may take to end its workers and itself.
+FORKER_END_S: Final = 3.0
 
 
 class ClientPeer:
@@ -79,6 +81,7 @@ class Server:
         """Serve until the client is gone and the workers are too."""
         self._loop.run(self._next_deadline, self._on_deadline, self._exchange, self._may_spin)
         self._agent.close()
+        _reap_forkers()
 
     # Between scheduler and agent
 
@@ -201,24 +204,51 @@ class Server:
 def _start_forker(config: dict[str, Any]) -> socket.socket | None:
     """Fork the forker from this process, which is single-threaded and has imported nothing of the user's."""
     from scaler_executor.runtime.forker import start_forker_by_fork
+    from scaler_executor.runtime.identity import Identity
     from scaler_executor.runtime.worker import WorkerConfig
 
     if config["start_method"] == "fork" and config["has_initializer"]:
         return None  # the initializer lived in the forker that is gone
+    descriptors = config["initargs_fds"]
     worker_config = WorkerConfig(
         initializer_pickle=config["initializer_pickle"],
         definitions=config["definitions"],
         sys_path=config["sys_path"],
         cwd=config["cwd"],
         argv=config["argv"],
+        descriptors=descriptors,
+        identity=Identity(
+            parent_pid=config["client_pid"], start_method=config["start_method"], authkey=config["authkey"]
+        ),
     )
     # Nothing of this process is the workers': with its end of the client's pair they could speak for the scheduler.
-    _, control = start_forker_by_fork(worker_config, not_inherited=_open_descriptors())
+    not_inherited = [fd for fd in _open_descriptors() if fd not in descriptors]
+    pid, control = start_forker_by_fork(worker_config, not_inherited)
+    _forkers.append(pid)
     return control
+
+
+#: Forkers of this process that have not been reaped.
+_forkers: list[int] = []
+
+
+def _reap_forkers() -> None:
+    """Wait until they have ended, which they do when they are let go: or they would outlive this process a little."""
+    deadline = monotonic() + FORKER_END_S
+    for pid in _forkers:
+        pidfd = platform.pidfd_open(pid)  # a child that is not reaped keeps its number
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(max(0.0, deadline - monotonic()) * 1000)
+        os.close(pidfd)
 
 
 def _open_descriptors() -> list[int]:
     return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
+
+
+def _receive_descriptors(config_socket: socket.socket, count: int) -> list[int]:
+    return list(socket.recv_fds(config_socket, 1, count)[1]) if count else []
 
 
 def main(config: dict[str, Any]) -> NoReturn:
@@ -228,6 +258,11 @@ def main(config: dict[str, Any]) -> NoReturn:
         config: See `cluster.EmbeddedCluster`, which makes it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if config["environment"] is not None:
+        os.environ.clear()
+        os.environ.update(config["environment"])
+    with socket.socket(fileno=config["config_fd"]) as config_socket:
+        config["initargs_fds"] = _receive_descriptors(config_socket, config["descriptors"])
     control_fd = config["control_fd"]
     control = socket.socket(fileno=control_fd) if control_fd is not None else _start_forker(config)
     assert control is not None

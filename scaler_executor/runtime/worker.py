@@ -50,6 +50,7 @@ from scaler_executor.protocol.page import (
     RING_SLOTS,
     STOP,
 )
+from scaler_executor.runtime import spawning
 from scaler_executor.runtime.calls import (
     PLAIN_TYPES,
     CallPickler,
@@ -60,6 +61,7 @@ from scaler_executor.runtime.calls import (
     load_run,
     loads_value,
 )
+from scaler_executor.runtime.identity import Identity, run_as_process
 from scaler_executor.runtime.namespace import WorkerMain
 from scaler_executor.runtime.platform import Bell, range_buffer
 from scaler_executor.runtime.transport import StreamReader
@@ -93,6 +95,10 @@ class WorkerConfig:
     sys_path: list[str] | None = None
     cwd: str | None = None
     argv: list[str] | None = None
+    #: See `spawning`.
+    descriptors: list[int] = field(default_factory=list)
+    #: What multiprocessing is told.
+    identity: Identity = field(default_factory=Identity)
     #: What `ps` shows; at most 15 bytes count.
     name: str = "scaler-worker"
 
@@ -102,8 +108,14 @@ def worker_main(
 ) -> NoReturn:
     """Run calls until the socket ends. The process is over then."""
     worker = Worker(call_socket, pipe_fd, page, bell, config)
-    worker.start()
-    worker.run()
+
+    def serve() -> None:
+        worker.start()
+        worker.run()
+
+    code = run_as_process(config.identity, serve)
+    _flush_streams()
+    os._exit(code)
 
 
 class Worker:
@@ -167,7 +179,7 @@ class Worker:
         self._write(_pack(0, 0, 0, 0, RECORD_READY))
         self._ring()
 
-    def run(self) -> NoReturn:
+    def run(self) -> None:
         """Serve messages until the socket ends or a call was interrupted."""
         reader = StreamReader(self._socket)
         decode = Decoder[WorkerRun](WorkerRun).decode
@@ -182,7 +194,6 @@ class Worker:
                     _exit()
                 if signal.getsignal(signal.SIGINT) != on_interrupt:
                     signal.signal(signal.SIGINT, on_interrupt)  # a call installed its own
-        _exit()
 
     def _serve(self, message: WorkerRun) -> None:
         """Make the calls of one message."""
@@ -549,14 +560,7 @@ def _take_over_process(config: WorkerConfig) -> None:
             file.write(config.name[:15])
     except OSError:
         pass
-    process: Any = sys.modules.get("multiprocessing.process")
-    util: Any = sys.modules.get("multiprocessing.util")
-    if process is not None and util is not None:
-        # As in the bootstrap of its own children: the user's children are not ours to end, its finalizers are not ours
-        # to run, and queues and locks are told that they are in another process.
-        process._children = set()
-        util._finalizer_registry.clear()
-        util._run_after_forkers()
+    spawning.receive(config.descriptors)
     if config.sys_path is not None:
         sys.path[:] = config.sys_path
         # A fresh interpreter's __main__ is ours: nothing in it may be taken for the user's.

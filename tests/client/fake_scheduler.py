@@ -54,6 +54,7 @@ class FakeScheduler:
         self.socket, self._mine = socket.socketpair()
         self.socket.setblocking(False)
         self.death_fd, self._alive_fd = os.pipe()
+        self.main = MainDefinitions()
         self._encoder = Encoder()
         self._send_lock = threading.Lock()
         self.submits: queue.Queue[TaskRow] = queue.Queue()
@@ -63,6 +64,7 @@ class FakeScheduler:
         self.on_cancel: Callable[[CancelRow], None] = self.cancels.put
         self.said_bye = threading.Event()
         self.was_killed = threading.Event()
+        self.was_started = False
         self.joined = False
         self.on_join: Callable[[], Any] = lambda: None
         self._thread = threading.Thread(target=self._run, name="fake scheduler")
@@ -70,8 +72,13 @@ class FakeScheduler:
 
     # As EmbeddedCluster
 
+    def start(self) -> None:
+        self.was_started = True
+
     def join(self) -> str:
         self.on_join()
+        if not self.was_started:
+            self.socket.close()
         self._thread.join()
         self.close()
         self.joined = True
@@ -110,7 +117,7 @@ class FakeScheduler:
         self.send(TaskResult([(no, first, count, int(kind), payload)]))  # type: ignore[list-item]
 
     def error(self, no: int, error: BaseException, first: int = 0) -> None:
-        self.result(no, ResultKind.ERROR, dumps_exception(CallPickler(MainDefinitions(None)), error), first)
+        self.result(no, ResultKind.ERROR, dumps_exception(CallPickler(MainDefinitions()), error), first)
 
     def running(self, no: int) -> None:
         self.send(TaskRunning([no]))
@@ -182,7 +189,7 @@ class Setting:
         self.scheduler = FakeScheduler()
         if welcome:
             self.scheduler.welcome()
-        self.client = kind(self.scheduler, MainDefinitions(None), cancel_timeout_s=cancel_timeout_s)
+        self.client = kind(self.scheduler, cancel_timeout_s=cancel_timeout_s)
 
     def submit(self, *args: Any) -> ScalerFuture[Any]:
         return self.client.submit(never_called, args, {})

@@ -1,8 +1,8 @@
 """A program whose calls use its own `__main__` in every way we could think of. It prints a line for each case.
 
-Run by test_main.py, which gives it the start method and whether the executor is made before or behind the definitions,
-and reads the lines. A case is a function whose name begins with "case_"; it uses `call`, which runs a call in the one
-worker and returns its result.
+Run by test_main.py, which gives it the start method and whether the first call is made before or behind the
+definitions, and reads the lines. A case is a function whose name begins with "case_"; it uses `call`, which runs a call
+in the one worker and returns its result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def make_executor():
     return scaler_executor.ScalerExecutor(1, multiprocessing.get_context(START_METHOD))
 
 
-executor = make_executor() if MOMENT == "before" else None
+executor = None
+if MOMENT == "before":
+    executor = make_executor()
+    executor.submit(abs, -1).result()  # workers are made with the first call
 
 
 def call(function, *args, **kwargs):

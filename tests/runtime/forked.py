@@ -137,7 +137,8 @@ class Agent:
         self.bell = platform.Bell.create()
         self.forker_pid, self.control = start_forker_by_fork(config)
         self.forker_pidfd = os.pidfd_open(self.forker_pid)
-        main = MainDefinitions(config.inherited_main)
+        main = MainDefinitions()
+        main.inherit(config.inherited_main)
         self.pickler = CallPickler(main)
         self.table = FunctionTable(self.pickler, main)
         self.functions: dict[int, Function] = {}

@@ -33,7 +33,7 @@ from scaler_executor.runtime.calls import (
 from scaler_executor.runtime.functions import FunctionTable
 from scaler_executor.runtime.namespace import MainDefinitions
 
-main = MainDefinitions(None)
+main = MainDefinitions()
 pickler = CallPickler(main)
 
 
