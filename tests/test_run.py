@@ -326,6 +326,25 @@ USES = {
     with Pool(1) as pool:
         print(pool.submit(double, 3).result(), pool.calls, pool._max_workers, isinstance(pool, ProcessPoolExecutor))
 """,
+    "map by one's own submit": """\
+    class Pool(ProcessPoolExecutor):
+        calls = 0
+        def submit(self, fn, /, *args, **kwargs):
+            self.calls += 1
+            return super().submit(fn, *args, **kwargs)
+    with Pool(2) as pool:
+        print(list(pool.map(double, range(10))), pool.calls, list(pool.map(pow, range(7), range(9), chunksize=3)))
+        print(pool.calls, list(pool.map(double, [])), pool.calls)
+        try:
+            pool.map(double, range(3), chunksize=0)
+        except ValueError as error:
+            print(error)
+    with ProcessPoolExecutor(2) as pool:
+        submitted = []
+        submit = pool.submit
+        pool.submit = lambda *args: submitted.append(submit(*args)) or submitted[-1]
+        print(sum(pool.map(double, range(10), chunksize=5)), len(submitted), wait(submitted).not_done)
+""",
     "initializer": """\
     with ProcessPoolExecutor(1, None, set_state, (5,)) as pool:
         print(pool.submit(get_state).result(), state)
