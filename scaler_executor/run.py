@@ -12,11 +12,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, NoReturn
 
 #: Holds our sitecustomize.
-SITE: Final = Path(__file__).parent / "site"
+SITE: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 #: The longest first line that Linux reads is 256 bytes; pip's way around that takes two lines.
 _HEAD_BYTES: Final = 4096
@@ -46,7 +45,7 @@ def run_program(program: str, arguments: Sequence[str]) -> NoReturn:
             interpreter, *flags = _command_interpreter(program, command)
             _become([command, *arguments], interpreter=interpreter, flags=flags)
     _check_path(program)
-    # `-c.py` for example would be taken for an option.
+    # "-c.py" for example would be taken for an option.
     _become([os.path.join(".", program) if program.startswith("-") else program, *arguments])
 
 
@@ -82,7 +81,7 @@ def _become(arguments: Sequence[str], *, interpreter: str = sys.executable, flag
     if letters & set("IES"):
         raise RunError(f"the interpreter's flags ({shlex.join(flags)}) rule the swap out: not with -I, -E or -S")
     path = os.environ.get("PYTHONPATH")
-    environment = {**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{path}" if path else str(SITE)}
+    environment = {**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{path}" if path else SITE}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(interpreter, [interpreter, *flags, *arguments], environment)

@@ -5,6 +5,7 @@ ScalerExecutor, and was used, is read from the record that recorder/sitecustomiz
 """
 
 import importlib.util
+import marshal
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sysconfig
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ class Left:
     code: int
     out: str
     err: str
-    files: dict[str, bytes]
+    files: dict[str, Any]
     #: What the pools were, and how often each method of theirs was called.
     record: Counter[str]
 
@@ -66,9 +68,16 @@ def run(arguments, folder: Path, prepare, *, is_swapped: bool) -> Left:
         code=finished.returncode,
         out=finished.stdout,
         err=finished.stderr,
-        files={str(path.relative_to(work)): path.read_bytes() for path in work.rglob("*") if path.is_file()},
+        files={str(path.relative_to(work)): read(path) for path in work.rglob("*") if path.is_file()},
         record=Counter(record.read_text().splitlines()),
     )
+
+
+def read(path: Path):
+    """Return what is in a file; of byte code its header and code, for the references in it depend on what else the
+    compiler's process had in memory."""
+    data = path.read_bytes()
+    return (data[:16], marshal.loads(data[16:])) if path.suffix == ".pyc" else data
 
 
 def check(tmp_path, arguments, prepare, *, code=0, is_ordered=True, ignored="$^") -> Left:
