@@ -58,6 +58,7 @@ def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
     import importlib.util
 
     top = module.partition(".")[0]
+    saved_path = sys.path[:]
     if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, os.getcwd())
     try:
@@ -65,6 +66,8 @@ def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
         is_missing = not top or importlib.util.find_spec(top) is None
     except ValueError:
         is_missing = False  # it is imported already, and has no spec
+    finally:
+        sys.path[:] = saved_path
     if is_missing:
         raise RunError(f"no module named {top or module!r}")
     _become(["-m", module, *arguments])

@@ -287,6 +287,28 @@ except AttributeError as error:
     )
 
 
+@pytest.mark.parametrize("before", ["", "concurrent.futures, ", "concurrent.futures.process, "])
+def test_swap_of_what_is_loaded(tmp_path, before):
+    """Modules that something at the interpreter's start has imported already are swapped too, and reloaded ones."""
+    write(
+        tmp_path / "loaded.py",
+        f"""\
+import {before}sys
+if "concurrent.futures" in sys.modules: concurrent.futures.ProcessPoolExecutor
+from scaler_executor.swap import install, replacement
+install()
+install()
+import concurrent.futures.process, importlib
+for _ in range(2):
+    assert replacement() is concurrent.futures.process.ProcessPoolExecutor is concurrent.futures.ProcessPoolExecutor
+    importlib.reload(concurrent.futures)
+    importlib.reload(concurrent.futures.process)
+assert [type(finder).__name__ for finder in sys.meta_path].count("_Finder") == 1
+""",
+    )
+    assert run([sys.executable, "loaded.py"], tmp_path) == (0, "", "")
+
+
 def test_modules_stay_themselves(tmp_path):
     """The other names of the modules, their specs and their source are the standard library's."""
     text = """\
