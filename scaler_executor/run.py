@@ -91,8 +91,8 @@ def _become(arguments: Sequence[str], *, interpreter: str = sys.executable, flag
 
 
 def _check_path(program: str) -> None:
-    if os.path.isdir(program):
-        return
+    if os.path.exists(program) and not os.path.isfile(program):
+        return  # a directory, or a pipe, which can be read only once
     try:
         head = _read_head(program)
     except FileNotFoundError:

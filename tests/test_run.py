@@ -103,6 +103,18 @@ def test_standard_input_as_program(tmp_path):
     assert (code, out) == (0, "['-', '1'] __main__\n")
 
 
+def test_pipe_as_program(tmp_path):
+    """So does one in a pipe, which can be read only once."""
+    reading, writing = os.pipe()
+    os.write(writing, b"print(__name__, __file__)")
+    os.close(writing)
+    try:
+        code, out, err = run([*RUN, f"/dev/fd/{reading}", "1"], tmp_path, pass_fds=[reading])
+    finally:
+        os.close(reading)
+    assert (code, out, err) == (0, f"__main__ /dev/fd/{reading}\n", "")
+
+
 def test_interpreter_flags(tmp_path):
     """Flags of the interpreter that runs us are the program's."""
     write(tmp_path / "look.py", LOOK)

@@ -100,7 +100,10 @@ def check(tmp_path, arguments, prepare, *, code=0, is_ordered=True, ignored="$^"
         if not is_ordered:
             lines = [sorted(part) for part in lines]
         assert lines[0] == lines[1]
-    pools = {"concurrent.futures._base.Executor": without, "scaler_executor.executor.ScalerExecutor": swapped}
+    pools = {
+        "concurrent.futures.process.ProcessPoolExecutor": without,
+        "scaler_executor.executor.ScalerExecutor": swapped,
+    }
     for base, left in pools.items():
         assert {line.split()[0] for line in left.record} == {base}
         assert left.record[f"{base} submit"] + left.record[f"{base} map"] > 0

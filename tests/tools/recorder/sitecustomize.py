@@ -5,7 +5,7 @@ Stands in PYTHONPATH of both runs of a tool; `scaler-executor run` gives way to 
 
 import functools
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 
 
 def _record(line):
@@ -13,15 +13,18 @@ def _record(line):
         file.write(f"{line}\n")
 
 
+#: The class that does the work: what is swapped in is derived from it, and goes its own way where `submit` is not its.
+_CLASS = ProcessPoolExecutor if ProcessPoolExecutor.__base__ is Executor else ProcessPoolExecutor.__base__
+
+
 def _recording(method):
     @functools.wraps(method)
     def recorded(self, *args, **kwargs):
-        base = ProcessPoolExecutor.__mro__[1]
-        _record(f"{base.__module__}.{base.__qualname__} {method.__name__}")
+        _record(f"{_CLASS.__module__}.{_CLASS.__qualname__} {method.__name__}")
         return method(self, *args, **kwargs)
 
     return recorded
 
 
 for _name in ("__init__", "submit", "map"):
-    setattr(ProcessPoolExecutor, _name, _recording(getattr(ProcessPoolExecutor, _name)))
+    setattr(_CLASS, _name, _recording(getattr(_CLASS, _name)))
