@@ -268,7 +268,7 @@ if __name__ == "__main__":
     assert "1521]" in check(tmp_path, ["script.py"], write_script).out
 
 
-@needs("pypdfium2")
+@needs("pypdfium2", "PIL")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_pypdfium2(tmp_path, method):
     """pypdfium2 render, by each start method."""
