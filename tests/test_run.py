@@ -526,7 +526,9 @@ GAPS = {
 }
 
 
-@pytest.mark.parametrize("use", [pytest.param(use, marks=pytest.mark.xfail(reason=why)) for why, use in GAPS.items()])
+@pytest.mark.parametrize(
+    "use", [pytest.param(use, marks=pytest.mark.xfail(reason=why), id=why.split(":")[0]) for why, use in GAPS.items()]
+)
 def test_gap(tmp_path, use):
     """What differs without being meant to."""
     write(tmp_path / "program.py", USES_HEAD + use)
