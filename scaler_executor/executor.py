@@ -95,6 +95,7 @@ class ScalerExecutor(Executor):
         # Plain numbers from here on, whatever numpy or a configuration gave.
         max_workers = operator.index(max_workers)
         self._max_workers = max_workers
+        self._start_method = start_method
         cluster = EmbeddedCluster(
             max_workers, start_method, initializer, initargs, max_tasks_per_child, float(cancel_grace)
         )
@@ -112,6 +113,13 @@ class ScalerExecutor(Executor):
     def max_workers(self) -> int:
         """The most workers at once."""
         return self._max_workers
+
+    @property
+    def _mp_context(self) -> BaseContext:
+        # Private in ProcessPoolExecutor too, but there are programs that look at it.
+        import multiprocessing
+
+        return multiprocessing.get_context(self._start_method)
 
     # `fn` and `self` are positional only, so that calls may have keyword arguments of these names.
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> ScalerFuture[T]:
@@ -140,7 +148,8 @@ class ScalerExecutor(Executor):
             fn: Called with one item of each iterable.
             iterables: Read at once unless `buffersize` is given.
             timeout: Seconds from now until the last result is there, None for no limit.
-            chunksize: If more than 1, at most so many items travel together.
+            chunksize: If more than 1, at most so many items travel together. Where a subclass or somebody else has put
+                another `submit` in place, it is called for each so many items, as in the standard library.
             buffersize: The most items that are read ahead of the consumer; the iterables may then be endless.
 
         Raises:
@@ -148,6 +157,7 @@ class ScalerExecutor(Executor):
             TypeError: `buffersize` is not an integer.
             RuntimeError, BrokenExecutor: As `submit`.
         """
+        chunksize = operator.index(chunksize)
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and not isinstance(buffersize, int):
@@ -155,9 +165,10 @@ class ScalerExecutor(Executor):
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         end_time = None if timeout is None else timeout + time.monotonic()
-        self._client.check_open()
-        from scaler_executor.mapping import MapCall
+        from scaler_executor.mapping import MapCall, map_by_submit
 
+        if getattr(self.submit, "__func__", None) is not ScalerExecutor.submit:
+            return map_by_submit(self, fn, iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
         call = MapCall(self._client, self._max_workers, fn, iterables, chunksize=chunksize, buffersize=buffersize)
         call.fill()
         return call.results(end_time)
@@ -182,9 +193,21 @@ class ScalerExecutor(Executor):
         """As `Executor.shutdown`. `cancel_futures` takes back what has not started; what runs, completes."""
         self._client.close()
         if cancel_futures:
-            self._client.take_back()
+            self._client.take_back_all(self._max_workers)
         if wait:
             self._client.join()
+
+    def terminate_workers(self) -> None:
+        """As `ProcessPoolExecutor.terminate_workers` of Python 3.14, except that it is the same as `kill_workers`."""
+        self._client.kill_workers()
+
+    def kill_workers(self) -> None:
+        """Kill all workers at once and shut down without waiting.
+
+        As `ProcessPoolExecutor.kill_workers` of Python 3.14: calls that run end with WorkerDiedError (a
+        BrokenProcessPool), those that have not started are cancelled.
+        """
+        self._client.kill_workers()
 
     def __enter__(self) -> Self:
         return self

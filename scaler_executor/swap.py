@@ -14,7 +14,7 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # as in `scaler_executor`: this runs at the start of programs that may never want a pool
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from typing import Any
@@ -44,9 +44,6 @@ def replacement() -> type:
     By that name it is pickled. So a process without the swap that is sent the class takes the standard library's.
     """
     if not _made:
-        from concurrent.futures import Executor
-        from functools import partial
-
         from scaler_executor.executor import ScalerExecutor
 
         class ProcessPoolExecutor(ScalerExecutor):
@@ -54,40 +51,8 @@ def replacement() -> type:
             __module__ = _MODULE
             __qualname__ = _NAME
 
-            def map(
-                self, fn: Any, *iterables: Any, timeout: float | None = None, chunksize: int = 1, **options: Any
-            ) -> Any:
-                if getattr(self.submit, "__func__", None) is ScalerExecutor.submit:
-                    return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **options)
-                # The standard library's map calls `self.submit`, and there are programs that put their own there, to
-                # count the calls that are done say.
-                if chunksize < 1:
-                    raise ValueError("chunksize must be >= 1.")
-                chunks = _chunks(zip(*iterables, strict=False), chunksize)
-                return _flatten(Executor.map(self, partial(_call_all, fn), chunks, timeout=timeout, **options))
-
         _made.append(ProcessPoolExecutor)
     return _made[0]  # the same for two threads that come here at once
-
-
-def _call_all(fn: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> list[Any]:
-    """Make the calls of a chunk, in a worker."""
-    return [fn(*arguments) for arguments in chunk]
-
-
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    from itertools import islice
-
-    while chunk := list(islice(items, size)):
-        yield chunk
-
-
-def _flatten(results: Iterator[list[Any]]) -> Iterator[Any]:
-    for chunk in results:
-        # As in the standard library: a result that has been read is not kept.
-        chunk.reverse()
-        while chunk:
-            yield chunk.pop()
 
 
 def _swap(module: ModuleType) -> None:

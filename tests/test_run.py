@@ -339,6 +339,26 @@ for module in concurrent.futures, process:
 
 #: Uses of the class that programs make, each with the result on stdout.
 USES = {
+    "manager": """\
+    with multiprocessing.Manager() as manager, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        queue = manager.Queue()
+        pool.submit(put, queue).result()
+        print(queue.get()[1])
+""",
+    "queue as initarg": """\
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with ProcessPoolExecutor(1, context, put, (queue,)) as pool:
+        print(pool.submit(double, 1).result(), queue.get()[1])
+""",
+    "global set by the initializer": """\
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_state, (5,)) as pool:
+        print(pool.submit(get_state).result())
+""",
+    "current_process": """\
+    with ProcessPoolExecutor(1) as pool:
+        print(pool.submit(look_at_process).result())
+""",
     "submit and map": """\
     with ProcessPoolExecutor(max_workers=2) as pool:
         print(pool.submit(double, 4).result(), list(pool.map(double, range(5), chunksize=2)))
@@ -498,41 +518,6 @@ def test_use(tmp_path, use):
 
 
 #: Uses that ScalerExecutor does not serve yet, and why.
-GAPS = {
-    "spawned workers do not know the authentication key of the client's multiprocessing": """\
-    with multiprocessing.Manager() as manager, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        queue = manager.Queue()
-        pool.submit(put, queue).result()
-        print(queue.get()[1])
-""",
-    "what can only be inherited is no initarg of spawned workers": """\
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with ProcessPoolExecutor(1, context, put, (queue,)) as pool:
-        print(pool.submit(double, 1).result(), queue.get()[1])
-""",
-    "spawned workers have `__main__` by value: a global that the initializer sets is lost": """\
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_state, (5,)) as pool:
-        print(pool.submit(get_state).result())
-""",
-    "for multiprocessing a worker is a main process": """\
-    with ProcessPoolExecutor(1) as pool:
-        print(pool.submit(look_at_process).result())
-""",
-    "`_processes`, which is private but popular for killing workers, is missing": """\
-    with ProcessPoolExecutor(1) as pool:
-        print(pool.submit(double, 1).result(), len(pool._processes))
-""",
-}
-
-
-@pytest.mark.parametrize(
-    "use", [pytest.param(use, marks=pytest.mark.xfail(reason=why), id=why.split(":")[0]) for why, use in GAPS.items()]
-)
-def test_gap(tmp_path, use):
-    """What differs without being meant to."""
-    write(tmp_path / "program.py", USES_HEAD + use)
-    run_both(["program.py"], tmp_path)
 
 
 @pytest.mark.parametrize("use", ["spawn", "multiprocessing spawn", "multiprocessing forkserver"])

@@ -31,6 +31,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import msgspec
+
 from scaler_executor.defaults import DefaultTimeout
 from scaler_executor.future import CancelOutcome, ScalerFuture, cancel_all, make_future
 from scaler_executor.protocol.client import (
@@ -60,9 +62,11 @@ from scaler_executor.protocol.messages import (
     CallStyle,
     CancelKind,
     ClientResultRow,
+    DeathReport,
     Hello,
     Message,
     Payload,
+    ResultKind,
     TaskRow,
     TaskSubmit,
     ToClientMessage,
@@ -184,6 +188,10 @@ class ClientFutureManager:
         self._runs: dict[int, Run] = {}
         self._close_asked = False
         self._is_exiting = False
+        #: Whether any call is known to have started.
+        self._has_begun = False
+        #: Whether the user has killed the workers: then calls end with that, and not with the loss of the scheduler.
+        self._is_killed = False
         #: Whether the I/O thread has ended and the bell is gone. Under `_lock`.
         self._has_ended = False
 
@@ -366,15 +374,21 @@ class ClientFutureManager:
                 thread.start()
                 self._callback_thread = thread
 
-    def take_back(self, tasks: list[int] | None = None) -> None:
-        """Cancel what has not started, of these tasks or of all, without waiting. What runs, completes."""
-        if self._refusal is _refuse_child:
-            return
-        if tasks is None:
-            with self._lock:
-                tasks = [*self._futures, *self._runs]
-        if tasks:
+    def take_back(self, tasks: list[int]) -> None:
+        """Cancel what has not started of these tasks, without waiting. What runs, completes."""
+        if tasks and self._refusal is not _refuse_child:
             self.ask_cancel([(no, CancelKind.SOFT) for no in tasks])
+
+    def take_back_all(self, max_workers: int) -> None:
+        """Cancel what has not started, without waiting.
+
+        ProcessPoolExecutor's first calls have started as soon as they are submitted; here the workers may be on their
+        way still. So as long as nothing has started, the first `max_workers` calls count as running.
+        """
+        with self._lock:
+            calls = sorted(self._futures)
+            tasks = [*(calls if self._has_begun else calls[max_workers:]), *self._runs]
+        self.take_back(tasks)
 
     def clear(self, timeout: float | DefaultTimeout | None) -> None:
         """Cancel everything by force, and wait for that as `ScalerFuture.cancel` does."""
@@ -408,6 +422,13 @@ class ClientFutureManager:
     def kill(self) -> None:
         """Kill the cluster: what is outstanding is lost at once."""
         self._cluster.kill()
+
+    def kill_workers(self) -> None:
+        """Close and kill the cluster. Calls that run end with WorkerDiedError, the others are cancelled."""
+        if self._refusal is not _refuse_child:
+            self._is_killed = True
+            self.close()
+            self._cluster.kill()
 
     def exit(self) -> None:
         """Close for the interpreter's exit: from now on nobody waits for a cancel."""
@@ -678,6 +699,7 @@ class ClientFutureManager:
 
     def on_task_result(self, results: list[ClientResultRow]) -> None:
         """Settle what has a result."""
+        self._has_begun = True
         pop = self._futures.pop
         for no, first, count, kind, payload in results:
             future = pop(no, None)
@@ -705,19 +727,28 @@ class ClientFutureManager:
                 future.set_cancel_confirmed(CancelOutcome.FAILED)
 
     def _on_running(self, tasks: list[int]) -> None:
+        self._has_begun = True
         for no in tasks:
             future = self._futures.get(no)
             if future is not None:
                 future.set_running()
 
     def _on_lost(self, tasks: list[int], reason: str) -> None:
+        killed = msgspec.msgpack.encode(DeathReport("the user killed the workers"))
         for no in tasks:
             future = self._futures.pop(no, None)
             if future is not None:
-                future.set_result_ready(LOST, reason)
+                if not self._is_killed:
+                    future.set_result_ready(LOST, reason)
+                elif future.running():
+                    future.set_result_ready(ResultKind.DIED, killed)
+                else:
+                    future.set_cancel_confirmed(CancelOutcome.CANCELED)
             else:
                 run = self._runs.pop(no, None)
-                if run is not None:
+                if run is not None and self._is_killed:
+                    run.set_items_ready(REST, 0, ResultKind.DIED, killed)
+                elif run is not None:
                     run.set_items_ready(REST, 0, LOST, reason)
 
     def _on_broken(self, reason: str) -> None:

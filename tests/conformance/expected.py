@@ -26,10 +26,6 @@ FAILING: dict[str, tuple[type[BaseException], str]] = {
     "ProcessPoolExecutorTest.test_killed_child": (AttributeError, f"{_PRIVATE}_processes"),
     "SpawnProcessPoolExecutorTest.test_max_tasks_per_child": (AttributeError, f"{_PRIVATE}_processes"),
     "ForkserverProcessPoolExecutorTest.test_max_tasks_per_child": (AttributeError, f"{_PRIVATE}_processes"),
-    "ProcessPoolExecutorTest.test_max_tasks_per_child_defaults_to_spawn_context": (
-        AttributeError,
-        f"{_PRIVATE}_mp_context",
-    ),
     "ProcessPoolExecutorTest.test_saturation": (AttributeError, f"{_PRIVATE}_processes"),
     "ProcessPoolShutdownTest.test_processes_terminate": (AttributeError, f"{_PRIVATE}_processes"),
     "FailingInitializerMixin.test_initializer": (AttributeError, f"{_PRIVATE}_broken"),
@@ -60,10 +56,6 @@ SKIPPED: dict[str, str] = {
     "ProcessPoolShutdownTest.test_context_manager_shutdown": _OTHER,
     "ProcessPoolShutdownTest.test_del_shutdown": _OTHER,
     "ProcessPoolShutdownTest.test_shutdown_no_wait": _OTHER,
-    "ProcessPoolShutdownTest.test_cancel_futures": (
-        "expects that a call has started when shutdown(cancel_futures=True) comes at once; ProcessPoolExecutor takes"
-        " back none of those that it has put into its queue, whether they have started or not"
-    ),
 }
 
 

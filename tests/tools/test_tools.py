@@ -226,7 +226,7 @@ def test_reuse(tmp_path):
 @needs("tqdm")
 @pytest.mark.parametrize(
     "method",
-    ["fork", pytest.param("spawn", marks=pytest.mark.xfail(reason="a shared lock is no initarg of spawned workers"))],
+    ["fork", "spawn"],
 )
 def test_tqdm(tmp_path, method):
     """tqdm's process_map, whose initializer takes a lock that the workers share."""
