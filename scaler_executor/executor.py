@@ -44,8 +44,8 @@ class ScalerExecutor(Executor):
         max_workers: The most workers at once; None for the number of CPUs that this process may use: its affinity, or
             its cgroup's quota rounded up where that is less. Workers are started when there is work for them.
         mp_context: A multiprocessing context, of which only the start method counts: with "fork" workers are forks of
-            this process as it is now, with any other they start from a fresh interpreter. None for the interpreter's
-            default. No start method imports `__main__` again.
+            this process as it is at the first call, with any other they start from a fresh interpreter. None for the
+            interpreter's default. No start method imports `__main__` again; what calls use of it is sent.
         initializer: Called in each worker before its first call. If it fails no worker can be started, and calls end
             with WorkerStartError.
         initargs: Arguments for `initializer`.

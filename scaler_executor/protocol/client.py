@@ -134,7 +134,7 @@ class Broken(msgspec.Struct):
 
 
 class Disinherited(msgspec.Struct):
-    """Functions and classes of `__main__` must be pickled by value from now on."""
+    """Functions and classes of `__main__` are to be sent from now on: workers inherit them no more."""
 
     reason: str
 
