@@ -65,7 +65,8 @@ class EmbeddedCluster:
 
     Args:
         max_workers: So many workers at once.
-        start_method: "fork": workers are forks of this process as it is at `start`. Anything else: of a fresh interpreter.
+        start_method: "fork": workers are forks of this process as it is at `start`. Anything else: of a fresh
+            interpreter.
         initializer, initargs: Run in each worker before its first call.
         max_tasks_per_child: A worker is replaced after so many calls; None: never.
         cancel_grace_s: Time for a cancelled call to unwind before its process is killed.

@@ -8,13 +8,13 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from typing import Any
 
 import pytest
 from fake_scheduler import PATIENCE_S, Background, Setting, never_called
 
-from scaler_executor import CancelOutcome
+from scaler_executor import CancelOutcome, WorkerDiedError
 from scaler_executor.defaults import DEFAULT_TIMEOUT
 from scaler_executor.protocol.messages import CancelKind, TaskSubmit
 from scaler_executor.runtime import client as client_module
@@ -202,7 +202,7 @@ def test_take_back_sends_soft_cancels_that_keep_values(setting: Setting) -> None
     finishing, finishing_no = setting.submit_sent()
     running, running_no = setting.submit_sent()
     pending, pending_no = setting.submit_sent()
-    setting.client.take_back()
+    setting.client.take_back_all(0)
     rows = {row[0]: row for row in (setting.scheduler.next_cancel() for _ in range(3))}
     assert {row[2] for row in rows.values()} == {CancelKind.SOFT}
     setting.scheduler.value(finishing_no, "in time")
@@ -346,6 +346,30 @@ def in_child(check: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def test_first_calls_count_as_running_while_workers_start(setting: Setting) -> None:
+    """Until something has started, as many calls as there may be workers are not taken back; later all are."""
+    numbers = [setting.submit_sent()[1] for _ in range(3)]
+    setting.client.take_back_all(2)
+    assert setting.scheduler.next_cancel()[0] == numbers[2]
+    setting.sync()
+    setting.client.take_back_all(2)
+    assert sorted(setting.scheduler.next_cancel()[0] for _ in range(3)) == numbers
+
+
+def test_killed_workers(setting: Setting) -> None:
+    """Calls that run end with WorkerDiedError, the others are cancelled; nothing is accepted any more."""
+    running, no = setting.submit_sent()
+    setting.scheduler.running(no)
+    setting.sync()
+    queued, _ = setting.submit_sent()
+    setting.client.kill_workers()
+    assert isinstance(running.exception(PATIENCE_S), WorkerDiedError)
+    wait([queued], PATIENCE_S)
+    assert queued.cancelled() and setting.scheduler.was_killed.is_set()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        setting.submit()
+
+
 def test_a_forked_child_is_refused_and_harms_nobody(setting: Setting) -> None:
     """In a fork every call is refused with RuntimeError, shutting down does nothing, and the parent goes on."""
     pending, no = setting.submit_sent()
@@ -357,7 +381,7 @@ def test_a_forked_child_is_refused_and_harms_nobody(setting: Setting) -> None:
                 attempt()
         assert done.result(0) == "kept"
         setting.client.close()
-        setting.client.take_back()
+        setting.client.take_back_all(0)
 
     assert in_child(check) == 0
     setting.scheduler.value(no, 1)
