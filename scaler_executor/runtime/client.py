@@ -660,7 +660,7 @@ class ClientFutureManager:
 
     def _refuse(self, make_error: Callable[[], Exception]) -> None:
         with self._lock:
-            if self._refusal is not _refuse_child:
+            if self._refusal is None:
                 self._refusal = make_error
 
     def _drop_unsent(self) -> None:
