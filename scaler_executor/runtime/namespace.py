@@ -211,9 +211,9 @@ class MainDefinitions:
             newest = self._known.get(definition.name)
             if newest is not None and newest is not known and newest.payload == definition.payload:
                 return newest
-            if newest is not None and self._owners.get(id(newest.value)) == definition.name:
-                if newest.value is not definition.value:
-                    del self._owners[id(newest.value)]
+            before = newest.value if newest is not None else None
+            if before is not definition.value and self._owners.get(id(before)) == definition.name:
+                del self._owners[id(before)]
             if definition.payload:
                 definition.version = newest.version + 1 if newest is not None else 1
             self._known[definition.name] = definition
