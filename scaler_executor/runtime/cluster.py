@@ -23,10 +23,8 @@ from typing import Any, Final
 from scaler_executor.runtime import identity, platform
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
-#: path
-#: comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself comes
-#: from
-#: where this process has it. An empty configuration: the executor could not be made after all.
+#: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself comes
+#: from where this process has it. No configuration: nobody had a call for it.
 _BOOT: Final = """\
 import os, sys
 low = 3
@@ -42,21 +40,27 @@ try:
     from scaler_executor.runtime.serve import main
 except ImportError:
     main = None
-import marshal
+import marshal, select
+poller = select.poll()
+poller.register({fd}, select.POLLIN)
+poller.register({client_pidfd}, select.POLLIN)
 def read(size):
-    # By its length: a process that another thread forks meanwhile may hold the other end. Not a byte more: descriptors
-    # may come behind it.
+    # By its length, and only while the user's process lives: one that another thread forks meanwhile may hold the other
+    # end. Not a byte more: descriptors may come behind it.
     data = bytearray()
-    while len(data) < size and (part := os.read({fd}, size - len(data))):
+    while len(data) < size:
+        ready = [fd for fd, _ in poller.poll()]
+        part = os.read({fd}, size - len(data)) if {fd} in ready else b""
+        if not part:
+            sys.exit()
         data += part
     return data
 size = int.from_bytes(read(8), "little")
-config = size and marshal.loads(read(size))
-if config:
-    if main is None:
-        sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
-        from scaler_executor.runtime.serve import main
-    main(config)
+config = marshal.loads(read(size))
+if main is None:
+    sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
+    from scaler_executor.runtime.serve import main
+main(config)
 """
 
 
@@ -117,7 +121,7 @@ class EmbeddedCluster:
             self._config["control_fd"] = control.fileno() if control is not None else None
             try:
                 self._environment = dict(os.environ)
-                self._serve_pid = _start_serve(their_config.fileno(), inherited)
+                self._serve_pid = _start_serve(their_config.fileno(), client_pidfd, inherited)
                 self.death_fd = platform.pidfd_open(self._serve_pid)
             finally:
                 os.close(client_pidfd)
@@ -271,7 +275,7 @@ def _working_directory() -> str | None:
         return None  # it has been removed
 
 
-def _start_serve(config_fd: int, inherited: list[int]) -> int:
+def _start_serve(config_fd: int, client_pidfd: int, inherited: list[int]) -> int:
     """Start a fresh interpreter with this one's flags. Return its pid.
 
     Not by subprocess.Popen: that waits until the write end of a pipe of its own is closed everywhere, and a process
@@ -284,7 +288,9 @@ def _start_serve(config_fd: int, inherited: list[int]) -> int:
     executable = os.fsdecode((spawn.get_executable() if spawn is not None else None) or sys.executable)
     package_home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    program = _BOOT.format(fd=config_fd, package_home=package_home, inherited=sorted(inherited))
+    program = _BOOT.format(
+        fd=config_fd, client_pidfd=client_pidfd, package_home=package_home, inherited=sorted(inherited)
+    )
     # A descriptor that is duplicated onto itself stays open in the new process, all others of Python's do not.
     actions: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited]
     actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))

@@ -1,13 +1,16 @@
 """How executors begin and end where threads, callbacks and odd surroundings cross."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support import Scene, children_of, wait_gone, wait_until
 
 from scaler_executor import ScalerExecutor
 
@@ -125,3 +128,53 @@ def test_standard_input_is_closed() -> None:
     command = ["sh", "-c", f"exec {sys.executable} -c '{program}' <&-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert (done.returncode, done.stdout, done.stderr) == (0, "32\n", "")
+
+
+UNUSED = """
+import multiprocessing, os, sys
+from scaler_executor import ScalerExecutor
+
+executor = ScalerExecutor(2, multiprocessing.get_context(sys.argv[1]))
+print("made", flush=True)
+os.read(os.open(sys.argv[2], os.O_RDWR), 1)
+"""
+
+
+def test_client_is_killed_before_its_first_call(scene: Scene, start_method: str) -> None:
+    """What was started for an executor that had no call yet ends with its process."""
+    gate = scene.fifo()
+    client = scene.client(UNUSED, start_method, gate.path)
+    wait_until(lambda: client.output == "made\n", "no executor")
+    (serve,) = children_of(client.pid)
+    os.kill(client.pid, signal.SIGKILL)
+    wait_gone(serve)
+
+
+STATE = """
+import multiprocessing, os, sys
+from scaler_executor import ScalerExecutor
+
+def look():
+    import module_of_the_test
+    return os.environ.get("SET_LATER"), os.getcwd(), module_of_the_test.value, state
+
+executor = ScalerExecutor(1, multiprocessing.get_context(sys.argv[1]))
+os.environ["SET_LATER"] = "yes"
+os.mkdir("later")
+with open("later/module_of_the_test.py", "w") as file:
+    file.write("value = 3")
+os.chdir("later")
+sys.path.insert(0, os.getcwd())
+state = [4]
+state.append(5)
+print(executor.submit(look).result() == ("yes", os.getcwd(), 3, [4, 5]))
+executor.shutdown()
+"""
+
+
+def test_workers_are_what_the_process_is_at_the_first_call(
+    scene: Scene, start_method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Environment, directory, path and globals that change between construction and first call are seen."""
+    monkeypatch.chdir(tmp_path)
+    assert scene.client(STATE, start_method).succeed() == "True\n"
