@@ -23,8 +23,8 @@ from typing import Any, Final
 from scaler_executor.runtime import identity, platform
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
-#: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself comes
-#: from where this process has it. No configuration: nobody had a call for it.
+#: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself
+#: comes from where this process has it. No configuration: nobody had a call for it.
 _BOOT: Final = """\
 import os, sys
 low = 3
