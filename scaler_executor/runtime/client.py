@@ -218,6 +218,10 @@ class ClientFutureManager:
         self._bell = Bell.create()
         self._callbacks: SimpleQueue[ScalerFuture[Any] | None] = SimpleQueue()
         self._callback_thread: threading.Thread | None = None
+        #: The processes are gone and the thread ends; then, that the callback thread ends. Not `Thread.join` alone: up to Python 3.12 one that a
+        #: Ctrl-C interrupts lets the next one return at once.
+        self._has_joined = threading.Event()
+        self._has_called_back = threading.Event()
         self._owner: Any = None
         self._thread = threading.Thread(target=self._run, name="scaler-executor-client", daemon=True)
         try:
@@ -364,10 +368,9 @@ class ClientFutureManager:
         with self._lock:
             if self._callback_thread is None:
                 # At its end, not at that of the I/O thread: the interpreter's exit waits for what is registered.
-                unregister = partial(_MANAGERS.pop, id(self), None)
                 thread = threading.Thread(
                     target=_run_callbacks,
-                    args=(self._callbacks, unregister),
+                    args=(self._callbacks, partial(_end_callbacks, id(self), self._has_called_back)),
                     name="scaler-executor-callbacks",
                     daemon=True,
                 )
@@ -412,11 +415,15 @@ class ClientFutureManager:
 
     def join(self) -> None:
         """Wait until everything has ended, callbacks included, but not for the thread that asks."""
+        if self._refusal is _refuse_child:
+            return  # the threads are the parent's
         current = threading.current_thread()
         if self._thread is not current:
+            self._has_joined.wait()
             self._thread.join()
         # Looked at only now: the first callback may have come while we waited.
         if self._callback_thread is not None and self._callback_thread is not current:
+            self._has_called_back.wait()
             self._callback_thread.join()
 
     def kill(self) -> None:
@@ -547,6 +554,7 @@ class ClientFutureManager:
                 self._bell.close()
                 if self._callback_thread is None:
                     _MANAGERS.pop(id(self), None)
+            self._has_joined.set()
 
     def _loop(self) -> None:
         poll = select.poll()
@@ -808,6 +816,11 @@ def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None], at_end: Callabl
             return
         future.invoke_callbacks()
         del future  # or it would live until the next one comes
+
+
+def _end_callbacks(manager_id: int, ended: threading.Event) -> None:
+    _MANAGERS.pop(manager_id, None)
+    ended.set()
 
 
 # Refusals
