@@ -89,7 +89,8 @@ TASKS_PER_MESSAGE: Final = 1000
 MESSAGES_PER_TURN: Final = 16
 #: A caller writes its call itself up to this size.
 DIRECT_BYTES: Final = 1 << 14
-#: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why.
+#: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
+#: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
 
 
@@ -218,8 +219,10 @@ class ClientFutureManager:
         self._bell = Bell.create()
         self._callbacks: SimpleQueue[ScalerFuture[Any] | None] = SimpleQueue()
         self._callback_thread: threading.Thread | None = None
-        #: The processes are gone and the thread ends; then, that the callback thread ends. Not `Thread.join` alone: up to Python 3.12 one that a
+        #: All calls are answered and leave is taken, or the scheduler is lost; then, that the processes are gone and
+        #: the thread ends; then, that the callback thread ends. Not `Thread.join` alone: up to Python 3.12 one that a
         #: Ctrl-C interrupts lets the next one return at once.
+        self._is_over = threading.Event()
         self._has_joined = threading.Event()
         self._has_called_back = threading.Event()
         self._owner: Any = None
@@ -426,6 +429,15 @@ class ClientFutureManager:
             self._has_called_back.wait()
             self._callback_thread.join()
 
+    def join_soon(self) -> None:
+        """Wait as `join` does, but kill the workers that do not end when all calls are over: those that are still in
+        their initializer, or wait for threads that a call has left."""
+        if self._refusal is not _refuse_child and self._thread is not threading.current_thread():
+            self._is_over.wait()
+            if not self._has_joined.wait(END_S):
+                self._cluster.kill()
+        self.join()
+
     def kill(self) -> None:
         """Kill the cluster: what is outstanding is lost at once."""
         self._cluster.kill()
@@ -546,6 +558,7 @@ class ClientFutureManager:
             self._on_lost([*self._futures, *self._runs], reason)
             raise
         finally:
+            self._is_over.set()
             if self._end_reason is None:
                 self._end_reason = self._cluster.join()
             self._callbacks.put(None)
@@ -865,7 +878,9 @@ def wait_until_ended(manager: ClientFutureManager, *, interrupted: bool) -> None
     try:
         if interrupted:
             manager.clear(0)
-        manager.join()
+            manager.join_soon()
+        else:
+            manager.join()
     except KeyboardInterrupt:
         if interrupted:
             manager.kill()
