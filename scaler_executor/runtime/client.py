@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -92,6 +93,8 @@ DIRECT_BYTES: Final = 1 << 14
 #: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
 #: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
+#: Signals of a thread itself, which cannot wait.
+_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP})
 
 
 class Cluster(Protocol):
@@ -548,6 +551,9 @@ class ClientFutureManager:
     # The I/O thread
 
     def _run(self) -> None:
+        # Signals are for the user's threads: one that comes while the process is stopped (Ctrl-Z) would be taken by
+        # whichever thread runs first, and a main thread that waits would never learn of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
         try:
             self._loop()
         except BaseException as error:
