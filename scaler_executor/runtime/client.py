@@ -73,7 +73,7 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
     Welcome,
 )
-from scaler_executor.runtime import log
+from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
 from scaler_executor.runtime.namespace import MainDefinitions, Needs
@@ -94,7 +94,9 @@ DIRECT_BYTES: Final = 1 << 14
 #: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
 #: Signals of a thread itself, which cannot wait.
-_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP})
+_FAULTS: Final = frozenset(
+    {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP}
+)
 
 
 class Cluster(Protocol):
@@ -234,8 +236,13 @@ class ClientFutureManager:
             self._thread.start()
         except BaseException:
             self._bell.close()
+            if exiting.has_begun():
+                raise _refuse_at_exit() from None  # no thread can be started any more
             raise
         _MANAGERS[id(self)] = self
+        # Looked at only now: whoever ends all clients at exit saw this one, or had begun before.
+        if exiting.has_begun():
+            self.exit()
 
     def close_with(self, owner: object) -> None:
         """Close when `owner` is garbage."""
@@ -911,6 +918,5 @@ def _abandon_all_in_child() -> None:
     _MANAGERS.clear()
 
 
-# Not `atexit`: this must come before the interpreter waits for threads, and daemon threads of ours still work then.
-threading._register_atexit(_end_all_at_exit)  # type: ignore[attr-defined]
+exiting.AT_EXIT.append(_end_all_at_exit)
 os.register_at_fork(after_in_child=_abandon_all_in_child)
