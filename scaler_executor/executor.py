@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from scaler_executor.defaults import CANCEL_GRACE_S, CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT, DefaultTimeout
+from scaler_executor.runtime import exiting as exiting  # first of all, see there
 from scaler_executor.runtime.cluster import EmbeddedCluster
 from scaler_executor.runtime.platform import cpu_count_usable
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -72,7 +73,7 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
     Welcome,
 )
-from scaler_executor.runtime import log
+from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
 from scaler_executor.runtime.namespace import MainDefinitions, Needs
@@ -89,8 +90,13 @@ TASKS_PER_MESSAGE: Final = 1000
 MESSAGES_PER_TURN: Final = 16
 #: A caller writes its call itself up to this size.
 DIRECT_BYTES: Final = 1 << 14
-#: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why.
+#: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
+#: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
+#: Signals of a thread itself, which cannot wait.
+_FAULTS: Final = frozenset(
+    {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP}
+)
 
 
 class Cluster(Protocol):
@@ -218,14 +224,25 @@ class ClientFutureManager:
         self._bell = Bell.create()
         self._callbacks: SimpleQueue[ScalerFuture[Any] | None] = SimpleQueue()
         self._callback_thread: threading.Thread | None = None
+        #: All calls are answered and leave is taken, or the scheduler is lost; then, that the processes are gone and
+        #: the thread ends; then, that the callback thread ends. Not `Thread.join` alone: up to Python 3.12 one that a
+        #: Ctrl-C interrupts lets the next one return at once.
+        self._is_over = threading.Event()
+        self._has_joined = threading.Event()
+        self._has_called_back = threading.Event()
         self._owner: Any = None
         self._thread = threading.Thread(target=self._run, name="scaler-executor-client", daemon=True)
         try:
             self._thread.start()
         except BaseException:
             self._bell.close()
+            if exiting.has_begun():
+                raise _refuse_at_exit() from None  # no thread can be started any more
             raise
         _MANAGERS[id(self)] = self
+        # Looked at only now: whoever ends all clients at exit saw this one, or had begun before.
+        if exiting.has_begun():
+            self.exit()
 
     def close_with(self, owner: object) -> None:
         """Close when `owner` is garbage."""
@@ -364,10 +381,9 @@ class ClientFutureManager:
         with self._lock:
             if self._callback_thread is None:
                 # At its end, not at that of the I/O thread: the interpreter's exit waits for what is registered.
-                unregister = partial(_MANAGERS.pop, id(self), None)
                 thread = threading.Thread(
                     target=_run_callbacks,
-                    args=(self._callbacks, unregister),
+                    args=(self._callbacks, partial(_end_callbacks, id(self), self._has_called_back)),
                     name="scaler-executor-callbacks",
                     daemon=True,
                 )
@@ -412,12 +428,25 @@ class ClientFutureManager:
 
     def join(self) -> None:
         """Wait until everything has ended, callbacks included, but not for the thread that asks."""
+        if self._refusal is _refuse_child:
+            return  # the threads are the parent's
         current = threading.current_thread()
         if self._thread is not current:
+            self._has_joined.wait()
             self._thread.join()
         # Looked at only now: the first callback may have come while we waited.
         if self._callback_thread is not None and self._callback_thread is not current:
+            self._has_called_back.wait()
             self._callback_thread.join()
+
+    def join_soon(self) -> None:
+        """Wait as `join` does, but kill the workers that do not end when all calls are over: those that are still in
+        their initializer, or wait for threads that a call has left."""
+        if self._refusal is not _refuse_child and self._thread is not threading.current_thread():
+            self._is_over.wait()
+            if not self._has_joined.wait(END_S):
+                self._cluster.kill()
+        self.join()
 
     def kill(self) -> None:
         """Kill the cluster: what is outstanding is lost at once."""
@@ -529,6 +558,9 @@ class ClientFutureManager:
     # The I/O thread
 
     def _run(self) -> None:
+        # Signals are for the user's threads: one that comes while the process is stopped (Ctrl-Z) would be taken by
+        # whichever thread runs first, and a main thread that waits would never learn of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
         try:
             self._loop()
         except BaseException as error:
@@ -539,6 +571,7 @@ class ClientFutureManager:
             self._on_lost([*self._futures, *self._runs], reason)
             raise
         finally:
+            self._is_over.set()
             if self._end_reason is None:
                 self._end_reason = self._cluster.join()
             self._callbacks.put(None)
@@ -547,6 +580,7 @@ class ClientFutureManager:
                 self._bell.close()
                 if self._callback_thread is None:
                     _MANAGERS.pop(id(self), None)
+            self._has_joined.set()
 
     def _loop(self) -> None:
         poll = select.poll()
@@ -810,6 +844,11 @@ def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None], at_end: Callabl
         del future  # or it would live until the next one comes
 
 
+def _end_callbacks(manager_id: int, ended: threading.Event) -> None:
+    _MANAGERS.pop(manager_id, None)
+    ended.set()
+
+
 # Refusals
 
 
@@ -852,7 +891,9 @@ def wait_until_ended(manager: ClientFutureManager, *, interrupted: bool) -> None
     try:
         if interrupted:
             manager.clear(0)
-        manager.join()
+            manager.join_soon()
+        else:
+            manager.join()
     except KeyboardInterrupt:
         if interrupted:
             manager.kill()
@@ -877,6 +918,5 @@ def _abandon_all_in_child() -> None:
     _MANAGERS.clear()
 
 
-# Not `atexit`: this must come before the interpreter waits for threads, and daemon threads of ours still work then.
-threading._register_atexit(_end_all_at_exit)  # type: ignore[attr-defined]
+exiting.AT_EXIT.append(_end_all_at_exit)
 os.register_at_fork(after_in_child=_abandon_all_in_child)

@@ -25,6 +25,7 @@ import marshal
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
@@ -115,8 +116,8 @@ class MainDefinitions:
     """The definitions of this process's `__main__`. Thread-safe."""
 
     def __init__(self) -> None:
-        #: {name: (value, length)}, what workers inherit: see `snapshot`.
-        self._inherited: dict[str, tuple[Any, int]] = {}
+        #: {name: (reference to the value, length)}, what workers inherit: see `snapshot`.
+        self._inherited: dict[str, tuple[Callable[[], Any], int]] = {}
         #: {name: Definition}: the newest of each.
         self._known: dict[str, Definition] = {}
         #: {id of an object: the name that it was first found under}. Another name for it is sent as that name's.
@@ -126,7 +127,7 @@ class MainDefinitions:
 
     def inherit(self, inherited: dict[str, tuple[Any, int]]) -> None:
         """Note what workers inherit. Before the first question."""
-        self._inherited = inherited
+        self._inherited = {name: (_refer(value), length) for name, (value, length) in inherited.items()}
 
     def forget_inherited(self) -> None:
         """Workers inherit nothing from now on."""
@@ -178,8 +179,8 @@ class MainDefinitions:
         main = main_dict()
         known = self._known.get(name)
         if known is None:
-            was, length = self._inherited.get(name, (_ABSENT, -1))
-            if was is value and length == _length(value):
+            was, length = self._inherited.get(name, (_refer_to_nothing, -1))
+            if was() is value and length == _length(value):
                 deps = frozenset(_names_reached(value))
                 return self._publish(Definition(name, 0, value, b"", deps, None, True), None)
         elif known.value is value and (known.is_fixed or _is_same(known.content, _content(value))):
@@ -227,6 +228,24 @@ def _by_name(definition: Definition) -> str:
 def snapshot() -> dict[str, tuple[Any, int]]:
     """Return {name: (value, length)} of this process's `__main__`, which processes forked from now on have as well."""
     return {name: (value, _length(value)) for name, value in list(main_dict().items())}
+
+
+def _refer(value: Any) -> Callable[[], Any]:
+    """Return what gives a value for as long as others keep it alive, or for ever if that cannot be told."""
+    try:
+        reference = weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+    def get() -> Any:
+        found = reference()
+        return _ABSENT if found is None else found
+
+    return get
+
+
+def _refer_to_nothing() -> Any:
+    return _ABSENT
 
 
 def _length(value: Any) -> int:

@@ -29,6 +29,9 @@ from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 AGENT: Final = 0
 CLIENT: Final = 1
+#: Without its client everything ends within this, whatever initializers, threads that calls have left, or calls that
+#: defy their cancel still do.
+ORPHAN_END_S: Final = 1.5
 #: So long a forker may take to end its workers and itself.
 FORKER_END_S: Final = 3.0
 
@@ -54,6 +57,8 @@ class Server:
         self._scheduler = scheduler_protocol.SchedulerState()
         self._client: ClientPeer | None = ClientPeer(sock)
         self._client_pidfd = client_pidfd
+        #: When everything ends that is still there, or None while the client lives.
+        self._end_by: float | None = None
         #: Messages on their way from the scheduler to the agent.
         self._to_agent: deque[Message] = deque()
         #: Messages on their way from the agent to the scheduler.
@@ -113,10 +118,12 @@ class Server:
                 raise AssertionError(f"bug: scheduler and agent disagree: {instruction.reason}")
 
     def _next_deadline(self) -> float | None:
-        deadlines = (self._scheduler.next_deadline(), self._agent.next_deadline())
+        deadlines = (self._scheduler.next_deadline(), self._agent.next_deadline(), self._end_by)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _on_deadline(self) -> None:
+        if self._end_by is not None and self._end_by <= monotonic():
+            self._loop.stop()  # the forker is let go, and kills what is left
         self._agent.handle(agent_protocol.Tick())
         self._feed_scheduler(scheduler_protocol.Tick())
 
@@ -167,9 +174,12 @@ class Server:
         return 0 if self._client is None else self._client.writer.pending_bytes
 
     def _client_died(self) -> None:
+        self._loop.forget(self._client_pidfd)
         self._client_gone("its process has ended")
 
     def _client_gone(self, reason: str) -> None:
+        if self._end_by is None:
+            self._end_by = monotonic() + ORPHAN_END_S
         if self._client is not None:
             self._hang_up()
             self._feed_scheduler(scheduler_protocol.PeerLost(CLIENT, reason, stopped=True))
@@ -181,7 +191,6 @@ class Server:
             return
         self._client = None
         self._loop.forget(client.socket.fileno())
-        self._loop.forget(self._client_pidfd)
         client.socket.close()
         self._agent.drain()
 

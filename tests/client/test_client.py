@@ -314,12 +314,11 @@ def test_a_first_interrupt_stops_the_calls_and_a_second_kills(
         interrupts += 1
         raise KeyboardInterrupt
 
-    real_join = setting.client.join
-    monkeypatch.setattr(setting.client, "join", interrupted)
     setting.client.close()
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(setting.client, "join", interrupted)
+        patch.setattr(setting.client, "join_soon", interrupted)
         wait_until_ended(setting.client, interrupted=False)
-    monkeypatch.setattr(setting.client, "join", real_join)
     assert interrupts == 2
     assert setting.scheduler.was_killed.is_set()
     setting.client.join()

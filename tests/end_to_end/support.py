@@ -350,7 +350,7 @@ class Scene:
         self.temporary.mkdir()
         self.mark = f"{MARK}-{os.getpid()}-{time.monotonic_ns()}"
         os.environ[MARK] = self.mark
-        self._parts: list[Fifo | Heartbeat | Journal | Client] = []
+        self._parts: list[Any] = []
         self._numbers = itertools.count()
         marked = directory / self.mark
         marked.write_bytes(bytes(mmap.PAGESIZE))
@@ -360,18 +360,19 @@ class Scene:
         self._before = self._inventory()
 
     def fifo(self) -> Fifo:
-        return self._keep(Fifo(self.directory / f"fifo_{next(self._numbers)}"))
+        return self.keep(Fifo(self.directory / f"fifo_{next(self._numbers)}"))
 
     def heartbeat(self) -> Heartbeat:
-        return self._keep(Heartbeat(self.directory / f"heartbeat_{next(self._numbers)}"))
+        return self.keep(Heartbeat(self.directory / f"heartbeat_{next(self._numbers)}"))
 
     def journal(self) -> Journal:
-        return self._keep(Journal(self.directory / f"journal_{next(self._numbers)}"))
+        return self.keep(Journal(self.directory / f"journal_{next(self._numbers)}"))
 
     def client(self, source: str, *arguments: object, **options: Any) -> Client:
-        return self._keep(Client(source, *arguments, directory=self.directory, **options))
+        return self.keep(Client(source, *arguments, directory=self.directory, **options))
 
-    def _keep(self, part: Any) -> Any:
+    def keep(self, part: Any) -> Any:
+        """Close it at the end of the test."""
         self._parts.append(part)
         return part
 

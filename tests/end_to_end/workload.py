@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from typing import Any, NoReturn
 
 from support import Fifo, Heartbeat, Journal
@@ -472,3 +473,92 @@ def increment_in_place(array: Any) -> Any:
     """Change the argument and return it."""
     array += 1
     return array
+
+
+def leave_thread(started: Fifo) -> None:
+    """Start a thread that the worker waits for at its end."""
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    started.tell(os.getpid())
+
+
+def start_thread(seconds: float) -> None:
+    """Start a thread that the worker waits for at its end, and that prints then."""
+
+    def work() -> None:
+        time.sleep(seconds)
+        print("thread ends", flush=True)
+
+    threading.Thread(target=work).start()
+
+
+def start_process(seconds: float) -> bool:
+    """Start a process that the worker waits for at its end."""
+    process = multiprocessing.get_context("fork").Process(target=start_thread, args=(seconds,))
+    process.start()
+    return process.is_alive()
+
+
+def raise_from() -> None:
+    try:
+        raise ValueError("inner")
+    except ValueError as error:
+        raise KeyError("outer") from error
+
+
+def raise_from_none() -> None:
+    try:
+        raise ValueError("inner")
+    except ValueError:
+        raise KeyError("outer") from None
+
+
+def raise_with_note() -> None:
+    error = ValueError("noted")
+    if sys.version_info >= (3, 11):
+        error.add_note("a note")
+    raise error
+
+
+def raise_group() -> None:
+    noted = KeyError("two")
+    noted.add_note("a note")  # type: ignore[attr-defined]
+    noted.__cause__ = ValueError("cause")
+    raise ExceptionGroup("group", [ValueError("one"), noted])  # type: ignore[name-defined]  # noqa: F821
+
+
+class Weak:
+    """What can be seen to go, and counts those of this process that have not."""
+
+    alive: weakref.WeakSet[Weak] = weakref.WeakSet()
+
+    def __new__(cls) -> Weak:
+        weak = super().__new__(cls)
+        cls.alive.add(weak)
+        return weak
+
+    def get_self(self) -> Weak:
+        return self
+
+
+class WeakError(Exception):
+    """The built-in ones cannot be referred to weakly."""
+
+
+def raise_weak() -> NoReturn:
+    raise WeakError
+
+
+def make_weak(_: object) -> Weak:
+    return Weak()
+
+
+def count_weak() -> int:
+    return len(Weak.alive)
+
+
+def get_type(value: object) -> type:
+    return type(value)
+
+
+def fail_with(value: object) -> NoReturn:
+    raise ValueError("with an argument")
