@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from scaler_executor.runtime import identity, platform
+from scaler_executor.runtime import identity, platform, spawning
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path
@@ -138,6 +138,8 @@ class EmbeddedCluster:
         self.main = MainDefinitions()
         if start_method == "fork":
             import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
+        else:
+            import multiprocessing.resource_tracker  # noqa: F401 - `start` needs it
 
     def start(self) -> None:
         """Have workers started from now on, out of this process as it is now.
@@ -165,8 +167,10 @@ class EmbeddedCluster:
             except BaseException:
                 self.kill()
                 raise
-        elif self._initializer is not None:
-            config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
+        else:
+            if self._initializer is not None:
+                config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
+            descriptors = [*descriptors, spawning.tracker_fd()]
             config["descriptors"] = len(descriptors)
         data = marshal.dumps(config)
         try:
@@ -202,10 +206,9 @@ class EmbeddedCluster:
         """Return the pickle of (initializer, initargs), the definitions that it needs, as (name, version, buffers), and
         the descriptors that go with it."""
         from scaler_executor.runtime.calls import CallPickler
-        from scaler_executor.runtime.spawning import pickling_for_workers
 
         names: set[str] = set()
-        with pickling_for_workers() as descriptors:
+        with spawning.pickling_for_workers() as descriptors:
             pickled = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
         definitions = [
             (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 _PROCESS: Final = "multiprocessing.process"
 _CONTEXT: Final = "multiprocessing.context"
+_TRACKER: Final = "multiprocessing.resource_tracker"
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Identity:
     start_method: str = "fork"
     #: None: inherited, or the user's process had none when it was asked.
     authkey: bytes | None = None
+    #: The descriptor of the user's process's resource tracker; None: inherited, as far as there is one.
+    tracker_fd: int | None = None
 
 
 def authkey() -> bytes | None:
@@ -50,11 +53,14 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     workers are not forks of the user's process, what was registered with `atexit` runs as well.
     """
     process: Any = sys.modules.get(_PROCESS)
+    if _TRACKER in sys.modules:
+        _announce_tracker(sys.modules[_TRACKER], identity)
+    if process is None or (identity.tracker_fd is not None and _TRACKER not in sys.modules):
+        sys.meta_path.insert(0, _OnImport(identity))
     if process is not None:
         _announce_method(identity)
         code = int(_make_process(process, identity, body)._bootstrap(_sentinel(identity)))
     else:
-        sys.meta_path.insert(0, _OnImport(identity))
         body()
         code = 0
         util: Any = sys.modules.get("multiprocessing.util")
@@ -103,6 +109,11 @@ def _announce_method(identity: Identity) -> None:
         context._force_start_method(identity.start_method)
 
 
+def _announce_tracker(tracker: Any, identity: Identity) -> None:
+    if identity.tracker_fd is not None:
+        tracker._resource_tracker._fd = identity.tracker_fd
+
+
 class _OnImport(MetaPathFinder):
     """Has multiprocessing told when it is imported."""
 
@@ -110,7 +121,7 @@ class _OnImport(MetaPathFinder):
         self._identity = identity
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (_PROCESS, _CONTEXT):
+        if name not in (_PROCESS, _CONTEXT, _TRACKER):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -132,5 +143,7 @@ class _Telling(Loader):
         self._loader.exec_module(module)
         if module.__name__ == _PROCESS:
             _announce(module, self._identity)
+        elif module.__name__ == _TRACKER:
+            _announce_tracker(module, self._identity)
         else:
             _announce_method(self._identity)

@@ -218,7 +218,11 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         argv=config["argv"],
         descriptors=descriptors,
         identity=Identity(
-            parent_pid=config["client_pid"], start_method=config["start_method"], authkey=config["authkey"]
+            parent_pid=config["client_pid"],
+            start_method=config["start_method"],
+            authkey=config["authkey"],
+            # The last one, see `cluster`.
+            tracker_fd=descriptors[-1] if descriptors else None,
         ),
     )
     # Nothing of this process is the workers': with its end of the client's pair they could speak for the scheduler.
