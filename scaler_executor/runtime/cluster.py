@@ -195,6 +195,7 @@ class EmbeddedCluster:
                 initializer=self._initializer,
                 initargs=self._initargs,
                 inherited_main=inherited_main,
+                signal_handlers=_signal_handlers(),
                 identity=identity.Identity(parent_pid=os.getpid()),
             )
             ours = [self.death_fd, self.socket.fileno(), self._config_socket.fileno()]
@@ -247,6 +248,19 @@ class EmbeddedCluster:
         """Kill serve, at whose end the forker kills the workers."""
         if self.death_fd >= 0:
             platform.signal_process(self.death_fd, signal.SIGKILL)
+
+
+def _signal_handlers() -> dict[int, Any]:
+    """Return what this process does about signals, where it is not the default.
+
+    SIGINT stops calls, so workers have a handler of their own; a handler that is not Python's is inherited as it is.
+    """
+    handlers: dict[int, Any] = {}
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if handler is not None and handler != signal.SIG_DFL and number != signal.SIGINT:
+            handlers[int(number)] = handler
+    return handlers
 
 
 def _reap(pid: int) -> int | None:

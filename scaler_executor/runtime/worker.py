@@ -91,6 +91,8 @@ class WorkerConfig:
     definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
     #: See `namespace.WorkerMain`; None unless the workers are forks of the user's process.
     inherited_main: dict[str, tuple[Any, int]] | None = None
+    #: {number: handler}, set in each worker: the forker has none of the user's.
+    signal_handlers: dict[int, Any] = field(default_factory=dict)
     #: Set in each worker; None where they are inherited.
     sys_path: list[str] | None = None
     cwd: str | None = None
@@ -560,6 +562,11 @@ def _take_over_process(config: WorkerConfig) -> None:
             file.write(config.name[:15])
     except OSError:
         pass
+    for number, handler in config.signal_handlers.items():
+        try:
+            signal.signal(number, handler)
+        except (OSError, ValueError):
+            pass  # it was C code that set it, past the interpreter's own rules
     spawning.receive(config.descriptors)
     if config.sys_path is not None:
         sys.path[:] = config.sys_path
