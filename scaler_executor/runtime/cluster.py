@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from scaler_executor.runtime import identity, platform, spawning
+from scaler_executor.runtime import identity, platform, spawning, surroundings
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path
@@ -116,6 +116,7 @@ class EmbeddedCluster:
             self._config["control_fd"] = control.fileno() if control is not None else None
             try:
                 self._environment = dict(os.environ)
+                self._surroundings = surroundings.take()
                 self._serve_pid = _start_serve(their_config.fileno(), inherited)
                 self.death_fd = platform.pidfd_open(self._serve_pid)
             finally:
@@ -155,6 +156,7 @@ class EmbeddedCluster:
             "cwd": _working_directory(),
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "environment": None if os.environ == self._environment else dict(os.environ),
+            "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
             "authkey": identity.authkey(),
             "initializer_pickle": None,
             "definitions": [],
