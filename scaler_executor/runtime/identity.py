@@ -11,6 +11,7 @@ support.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -52,6 +53,8 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     It ends as a child of multiprocessing ends: finalizers run, threads that are no daemons are waited for. Where
     workers are not forks of the user's process, what was registered with `atexit` runs as well.
     """
+    if identity.start_method != "fork":
+        atexit.register(_silence_inherited)
     process: Any = sys.modules.get(_PROCESS)
     if _TRACKER in sys.modules:
         _announce_tracker(sys.modules[_TRACKER], identity)
@@ -68,10 +71,18 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
             util._exit_function()
         threading._shutdown()  # type: ignore[attr-defined]
     if identity.start_method != "fork":
-        import atexit
-
         atexit._run_exitfuncs()
     return code
+
+
+def _silence_inherited() -> None:
+    """Come before the exit functions of the interpreter that workers are forks of.
+
+    They run, for what a start-up hook has begun there goes on in the fork: coverage writes what it has measured. But
+    they may find that it has ended already (so does coverage where it measures children of multiprocessing by itself),
+    and that is not the user's fault.
+    """
+    sys.unraisablehook = lambda unraisable: None
 
 
 def _sentinel(identity: Identity) -> int | None:
