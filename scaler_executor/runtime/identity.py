@@ -62,7 +62,10 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
         sys.meta_path.insert(0, _OnImport(identity))
     if process is not None:
         _announce_method(identity)
-        code = int(_make_process(process, identity, body)._bootstrap(_sentinel(identity)))
+        try:
+            code = int(_make_process(process, identity, body)._bootstrap(_sentinel(identity)))
+        except BaseException:
+            code = 1  # not the body's, which it catches: a stream that user code has put in place cannot be flushed
     else:
         body()
         code = 0

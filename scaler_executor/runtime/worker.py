@@ -117,6 +117,8 @@ def worker_main(
 
     code = run_as_process(config.identity, serve)
     _flush_streams()
+    if config.identity.start_method != "fork":
+        _flush_c_streams()
     os._exit(code)
 
 
@@ -528,8 +530,18 @@ def _flush_streams() -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except Exception:
+    except BaseException:
         pass  # replaced, closed or full: none of that is the call's result
+
+
+def _flush_c_streams() -> None:
+    """Let appear what C code has printed: the end of an interpreter flushes that, and `os._exit` does not."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
+    except Exception:
+        pass  # an interpreter without ctypes
 
 
 def _abandon_children() -> None:
