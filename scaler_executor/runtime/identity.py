@@ -25,6 +25,10 @@ from typing import Any, Final
 _PROCESS: Final = "multiprocessing.process"
 _CONTEXT: Final = "multiprocessing.context"
 _TRACKER: Final = "multiprocessing.resource_tracker"
+_UTIL: Final = "multiprocessing.util"
+#: Children of multiprocessing run what they have registered with `atexit`, however they were started, and their
+#: finalizers are among it. Before, only fresh interpreters did, and after the finalizers.
+_ENDS_BY_ATEXIT: Final = sys.version_info >= (3, 13)
 
 
 @dataclass
@@ -51,10 +55,16 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     """Run the body of a worker. Return its exit code.
 
     It ends as a child of multiprocessing ends: finalizers run, threads that are no daemons are waited for. Where
-    workers are not forks of the user's process, what was registered with `atexit` runs as well.
+    workers are not forks of the user's process, or Python is new enough, what was registered with `atexit` runs as
+    well.
     """
-    if identity.start_method != "fork":
+    is_fork = identity.start_method == "fork"
+    if not is_fork:
         atexit.register(_silence_inherited)
+    elif _ENDS_BY_ATEXIT:
+        atexit._clear()  # those of the user's process
+        if _UTIL in sys.modules:
+            atexit.register(sys.modules[_UTIL]._exit_function)
     process: Any = sys.modules.get(_PROCESS)
     if _TRACKER in sys.modules:
         _announce_tracker(sys.modules[_TRACKER], identity)
@@ -69,11 +79,11 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     else:
         body()
         code = 0
-        util: Any = sys.modules.get("multiprocessing.util")
-        if util is not None:
+        util: Any = sys.modules.get(_UTIL)
+        if util is not None and not _ENDS_BY_ATEXIT:
             util._exit_function()
         threading._shutdown()  # type: ignore[attr-defined]
-    if identity.start_method != "fork":
+    if not is_fork or _ENDS_BY_ATEXIT:
         atexit._run_exitfuncs()
     return code
 

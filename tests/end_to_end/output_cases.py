@@ -208,14 +208,41 @@ def at_the_end() -> None:
     import atexit
     from multiprocessing import util
 
-    atexit.register(print, "atexit")
-    util.Finalize(None, print, ("finalizer",), exitpriority=1)
+    atexit.register(print, "atexit", flush=True)
+    util.Finalize(None, print, ("finalizer",), {"flush": True}, exitpriority=1)
     print("left in the buffer", end="")
 
 
 def end_of_a_worker(pools: Pools) -> object:
+    """Functions of the client's do not run there."""
+    import atexit
+
+    pid = os.getpid()
+    atexit.register(lambda: print("the client's", os.getpid() == pid))
     with pools() as executor:
         return settle(executor, at_the_end)
+
+
+_queue: Any = None
+
+
+def set_queue(queue: Any) -> None:
+    global _queue
+    _queue = queue
+
+
+def put(count: int) -> None:
+    for number in range(count):
+        _queue.put(bytes(1000) + bytes([number]))
+
+
+def queue_at_the_end(pools: Pools) -> object:
+    """What a call has put into a queue arrives, though the worker ends at once and the queue is full."""
+    queue = pools.primitives.Queue()
+    executor = pools(initializer=set_queue, initargs=(queue,))
+    executor.submit(put, 200).result(30)
+    executor.shutdown(wait=False)
+    return [queue.get(timeout=30)[-1] for _ in range(200)] == list(range(200))
 
 
 def read_null() -> None:
@@ -232,7 +259,8 @@ def crash(pools: Pools) -> object:
 
 
 def large(pools: Pools) -> object:
-    with pools(2) as executor:
+    """By one worker: a pipe keeps only 4096 bytes together when two write at once."""
+    with pools(1) as executor:
         return sum(executor.map(print_lines, range(4)))
 
 

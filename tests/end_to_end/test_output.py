@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
         cases.unraisable,
         cases.standard_input,
         cases.end_of_a_worker,
+        cases.queue_at_the_end,
         cases.large,
     ],
     ids=lambda case: case.__name__,
@@ -161,8 +162,7 @@ def test_default():
 """
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-@pytest.mark.parametrize("capture", ["fd", "sys", "no"])
+@pytest.mark.parametrize(("capture", "start_method"), [("fd", "fork"), ("fd", "spawn"), ("sys", "fork")])
 def test_capture_of_pytest(capture: str, start_method: str, tmp_path: Path) -> None:
     """A user's tests capture what calls print, in whatever way they do it, as with ProcessPoolExecutor."""
     reports = []
