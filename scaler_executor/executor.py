@@ -158,9 +158,9 @@ class ScalerExecutor(Executor):
             TypeError: `buffersize` is not an integer.
             RuntimeError, BrokenExecutor: As `submit`.
         """
-        chunksize = operator.index(chunksize)
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
+        chunksize = operator.index(chunksize)
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
@@ -219,6 +219,12 @@ class ScalerExecutor(Executor):
         """As `Executor.__exit__`; after a KeyboardInterrupt all calls are stopped, at a second one killed."""
         from scaler_executor.runtime.client import wait_until_ended
 
+        if getattr(self.shutdown, "__func__", None) is not ScalerExecutor.shutdown:
+            # A subclass's, say, which has something of its own to end. It may submit calls still, unless all is over.
+            if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+                self._client.close()
+                wait_until_ended(self._client, interrupted=True)
+            self.shutdown(wait=True)
         self._client.close()
         wait_until_ended(self._client, interrupted=exc_type is not None and issubclass(exc_type, KeyboardInterrupt))
         return None

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from scaler_executor.runtime import identity, platform
+from scaler_executor.runtime import identity, platform, spawning, surroundings
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself
@@ -121,6 +121,7 @@ class EmbeddedCluster:
             self._config["control_fd"] = control.fileno() if control is not None else None
             try:
                 self._environment = dict(os.environ)
+                self._surroundings = surroundings.take()
                 self._serve_pid = _start_serve(their_config.fileno(), client_pidfd, inherited)
                 self.death_fd = platform.pidfd_open(self._serve_pid)
             finally:
@@ -143,6 +144,8 @@ class EmbeddedCluster:
         self.main = MainDefinitions()
         if start_method == "fork":
             import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
+        else:
+            import multiprocessing.resource_tracker  # noqa: F401 - `start` needs it
 
     def start(self) -> None:
         """Have workers started from now on, out of this process as it is now.
@@ -158,6 +161,7 @@ class EmbeddedCluster:
             "cwd": _working_directory(),
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "environment": None if os.environ == self._environment else dict(os.environ),
+            "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
             "authkey": identity.authkey(),
             "initializer_pickle": None,
             "definitions": [],
@@ -170,8 +174,10 @@ class EmbeddedCluster:
             except BaseException:
                 self.kill()
                 raise
-        elif self._initializer is not None:
-            config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
+        else:
+            if self._initializer is not None:
+                config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
+            descriptors = [*descriptors, spawning.tracker_fd()]
             config["descriptors"] = len(descriptors)
         data = marshal.dumps(config)
         try:
@@ -196,6 +202,7 @@ class EmbeddedCluster:
                 initializer=self._initializer,
                 initargs=self._initargs,
                 inherited_main=inherited_main,
+                signal_handlers=_signal_handlers(),
                 identity=identity.Identity(parent_pid=os.getpid()),
             )
             ours = [self.death_fd, self.socket.fileno(), self._config_socket.fileno()]
@@ -207,10 +214,9 @@ class EmbeddedCluster:
         """Return the pickle of (initializer, initargs), the definitions that it needs, as (name, version, buffers), and
         the descriptors that go with it."""
         from scaler_executor.runtime.calls import CallPickler
-        from scaler_executor.runtime.spawning import pickling_for_workers
 
         names: set[str] = set()
-        with pickling_for_workers() as descriptors:
+        with spawning.pickling_for_workers() as descriptors:
             pickled = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
         definitions = [
             (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))
@@ -249,6 +255,19 @@ class EmbeddedCluster:
         """Kill serve, at whose end the forker kills the workers."""
         if self.death_fd >= 0:
             platform.signal_process(self.death_fd, signal.SIGKILL)
+
+
+def _signal_handlers() -> dict[int, Any]:
+    """Return what this process does about signals, where it is not the default.
+
+    SIGINT stops calls, so workers have a handler of their own; a handler that is not Python's is inherited as it is.
+    """
+    handlers: dict[int, Any] = {}
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if handler is not None and handler != signal.SIG_DFL and number != signal.SIGINT:
+            handlers[int(number)] = handler
+    return handlers
 
 
 def _reap(pid: int) -> int | None:

@@ -11,6 +11,7 @@ support.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -23,6 +24,11 @@ from typing import Any, Final
 
 _PROCESS: Final = "multiprocessing.process"
 _CONTEXT: Final = "multiprocessing.context"
+_TRACKER: Final = "multiprocessing.resource_tracker"
+_UTIL: Final = "multiprocessing.util"
+#: Children of multiprocessing run what they have registered with `atexit`, however they were started, and their
+#: finalizers are among it. Before, only fresh interpreters did, and after the finalizers.
+_ENDS_BY_ATEXIT: Final = sys.version_info >= (3, 13)
 
 
 @dataclass
@@ -35,6 +41,8 @@ class Identity:
     start_method: str = "fork"
     #: None: inherited, or the user's process had none when it was asked.
     authkey: bytes | None = None
+    #: The descriptor of the user's process's resource tracker; None: inherited, as far as there is one.
+    tracker_fd: int | None = None
 
 
 def authkey() -> bytes | None:
@@ -47,25 +55,47 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     """Run the body of a worker. Return its exit code.
 
     It ends as a child of multiprocessing ends: finalizers run, threads that are no daemons are waited for. Where
-    workers are not forks of the user's process, what was registered with `atexit` runs as well.
+    workers are not forks of the user's process, or Python is new enough, what was registered with `atexit` runs as
+    well.
     """
+    is_fork = identity.start_method == "fork"
+    if not is_fork:
+        atexit.register(_silence_inherited)
+    elif _ENDS_BY_ATEXIT:
+        atexit._clear()  # those of the user's process
+        if _UTIL in sys.modules:
+            atexit.register(sys.modules[_UTIL]._exit_function)
     process: Any = sys.modules.get(_PROCESS)
+    if _TRACKER in sys.modules:
+        _announce_tracker(sys.modules[_TRACKER], identity)
+    if process is None or (identity.tracker_fd is not None and _TRACKER not in sys.modules):
+        sys.meta_path.insert(0, _OnImport(identity))
     if process is not None:
         _announce_method(identity)
-        code = int(_make_process(process, identity, body)._bootstrap(_sentinel(identity)))
+        try:
+            code = int(_make_process(process, identity, body)._bootstrap(_sentinel(identity)))
+        except BaseException:
+            code = 1  # not the body's, which it catches: a stream that user code has put in place cannot be flushed
     else:
-        sys.meta_path.insert(0, _OnImport(identity))
         body()
         code = 0
-        util: Any = sys.modules.get("multiprocessing.util")
-        if util is not None:
+        util: Any = sys.modules.get(_UTIL)
+        if util is not None and not _ENDS_BY_ATEXIT:
             util._exit_function()
         threading._shutdown()  # type: ignore[attr-defined]
-    if identity.start_method != "fork":
-        import atexit
-
+    if not is_fork or _ENDS_BY_ATEXIT:
         atexit._run_exitfuncs()
     return code
+
+
+def _silence_inherited() -> None:
+    """Come before the exit functions of the interpreter that workers are forks of.
+
+    They run, for what a start-up hook has begun there goes on in the fork: coverage writes what it has measured. But
+    they may find that it has ended already (so does coverage where it measures children of multiprocessing by itself),
+    and that is not the user's fault.
+    """
+    sys.unraisablehook = lambda unraisable: None
 
 
 def _sentinel(identity: Identity) -> int | None:
@@ -103,6 +133,11 @@ def _announce_method(identity: Identity) -> None:
         context._force_start_method(identity.start_method)
 
 
+def _announce_tracker(tracker: Any, identity: Identity) -> None:
+    if identity.tracker_fd is not None:
+        tracker._resource_tracker._fd = identity.tracker_fd
+
+
 class _OnImport(MetaPathFinder):
     """Has multiprocessing told when it is imported."""
 
@@ -110,7 +145,7 @@ class _OnImport(MetaPathFinder):
         self._identity = identity
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (_PROCESS, _CONTEXT):
+        if name not in (_PROCESS, _CONTEXT, _TRACKER):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -132,5 +167,7 @@ class _Telling(Loader):
         self._loader.exec_module(module)
         if module.__name__ == _PROCESS:
             _announce(module, self._identity)
+        elif module.__name__ == _TRACKER:
+            _announce_tracker(module, self._identity)
         else:
             _announce_method(self._identity)

@@ -22,7 +22,7 @@ from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.messages import ClientMessage, Hello, InheritanceLost, Message
-from scaler_executor.runtime import log, platform
+from scaler_executor.runtime import log, platform, surroundings
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
@@ -227,7 +227,11 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         argv=config["argv"],
         descriptors=descriptors,
         identity=Identity(
-            parent_pid=config["client_pid"], start_method=config["start_method"], authkey=config["authkey"]
+            parent_pid=config["client_pid"],
+            start_method=config["start_method"],
+            authkey=config["authkey"],
+            # The last one, see `cluster`.
+            tracker_fd=descriptors[-1] if descriptors else None,
         ),
     )
     # Nothing of this process is the workers': with its end of the client's pair they could speak for the scheduler.
@@ -267,9 +271,7 @@ def main(config: dict[str, Any]) -> NoReturn:
         config: See `cluster.EmbeddedCluster`, which makes it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if config["environment"] is not None:
-        os.environ.clear()
-        os.environ.update(config["environment"])
+    surroundings.apply(config["surroundings"], config["environment"])
     with socket.socket(fileno=config["config_fd"]) as config_socket:
         config["initargs_fds"] = _receive_descriptors(config_socket, config["descriptors"])
     control_fd = config["control_fd"]

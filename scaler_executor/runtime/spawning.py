@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-#: A message carries no more descriptors than this (SCM_MAX_FD of Linux).
-MAX_DESCRIPTORS: Final = 253
+#: A message carries no more descriptors than 253 (SCM_MAX_FD of Linux), and one is the tracker's.
+MAX_DESCRIPTORS: Final = 252
 
 #: In a worker: the descriptors, in order.
 _received: list[int] = []
@@ -58,6 +58,18 @@ def pickling_for_workers() -> Iterator[list[int]]:
         yield child.descriptors
     finally:
         context.set_spawning_popen(None)
+
+
+def tracker_fd() -> int:
+    """Return the descriptor of this process's resource tracker, which is started if need be.
+
+    Workers that are not its forks share it, as every child of multiprocessing does. One of their own would take shared
+    memory of this process for theirs, for they have opened it, and remove it when they end.
+    """
+    from multiprocessing import resource_tracker
+
+    fd: Any = resource_tracker.getfd()  # None only for the type checker: it is running now
+    return int(fd)
 
 
 def receive(descriptors: list[int]) -> None:

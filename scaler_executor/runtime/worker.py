@@ -91,6 +91,8 @@ class WorkerConfig:
     definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
     #: See `namespace.WorkerMain`; None unless the workers are forks of the user's process.
     inherited_main: dict[str, tuple[Any, int]] | None = None
+    #: {number: handler}, set in each worker: the forker has none of the user's.
+    signal_handlers: dict[int, Any] = field(default_factory=dict)
     #: Set in each worker; None where they are inherited.
     sys_path: list[str] | None = None
     cwd: str | None = None
@@ -115,6 +117,8 @@ def worker_main(
 
     code = run_as_process(config.identity, serve)
     _flush_streams()
+    if config.identity.start_method != "fork":
+        _flush_c_streams()
     os._exit(code)
 
 
@@ -526,8 +530,18 @@ def _flush_streams() -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except Exception:
+    except BaseException:
         pass  # replaced, closed or full: none of that is the call's result
+
+
+def _flush_c_streams() -> None:
+    """Let appear what C code has printed: the end of an interpreter flushes that, and `os._exit` does not."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
+    except Exception:
+        pass  # an interpreter without ctypes
 
 
 def _abandon_children() -> None:
@@ -560,6 +574,11 @@ def _take_over_process(config: WorkerConfig) -> None:
             file.write(config.name[:15])
     except OSError:
         pass
+    for number, handler in config.signal_handlers.items():
+        try:
+            signal.signal(number, handler)
+        except (OSError, ValueError):
+            pass  # it was C code that set it, past the interpreter's own rules
     spawning.receive(config.descriptors)
     if config.sys_path is not None:
         sys.path[:] = config.sys_path

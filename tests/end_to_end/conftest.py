@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from scaler_executor import ScalerExecutor
 
 # The crashes that the tests provoke are nobody's to debug.
 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+# It is one per process, started when first needed, and stays: it is none of a test's.
+multiprocessing.resource_tracker.ensure_running()
 
 
 @pytest.fixture(autouse=True)
