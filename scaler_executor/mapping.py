@@ -103,7 +103,7 @@ def map_by_submit(
                 while values:
                     yield values.pop()
         finally:
-            for future in pending:
+            for future in [future for future in pending if not future.done()]:
                 if isinstance(future, ScalerFuture):
                     future.cancel(0, force=False)
                 else:
@@ -335,7 +335,7 @@ class MapCall:
                 self._needs = self._client.needs(self._prepared.names)
             names: set[str] = set()
             payload = self._client.pickler.dumps_run(items, names)
-            if names:
+            if names or not self._client.knows(self._needs):
                 needs = self._client.needs(names | self._prepared.names)
                 if needs.definitions != self._needs.definitions:
                     self._needs, self._function_id = needs, 0

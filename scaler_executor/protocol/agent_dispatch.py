@@ -76,9 +76,11 @@ class Dispatch:
             items_given += call.items
             left -= call.items
         message = WorkerRun(rows)
-        known = worker.known
-        message.functions = [part for part in function.parts if known.need(part.function_id)]
-        if message.functions:
+        function_id, known = function.function_id, worker.known
+        if function_id and known.need(function_id):
+            message.functions = [
+                part for part in function.parts if part.function_id == function_id or known.need(part.function_id)
+            ]
             message.forget = known.trim()
         expected_s = (function.seconds or 0.0) * items_given
         if not worker.portions:

@@ -236,6 +236,11 @@ class SchedulerState:
         for function_id in message.forget:
             if not function_id or functions.pop(function_id, None) is None:
                 raise RemoteProtocolError(f"forget function {function_id}, which is not known")
+        if message.forget:
+            keys = [(client.client_id, function_id) for function_id in message.forget]
+            for agent in self._assignment.agents:
+                agent.forgotten += agent.known.drop(keys)
+                self._output.touched[agent] = None
 
     def _cancel(self, client: Client, no: int, cancel_no: int, kind: int) -> None:
         if kind not in (CancelKind.SOFT, CancelKind.FORCED) or cancel_no < 1:

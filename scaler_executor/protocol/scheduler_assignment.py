@@ -91,9 +91,10 @@ class Assignment:
             assigned += 1
             if task.function is not function:
                 function = task.function
-                for part in function.parts:
-                    if known.need((client_id, part.function_id)):
-                        agent.functions.append((client_id, part))
+                if function.function_id and known.need((client_id, function.function_id)):
+                    for part in function.parts:
+                        if part.function_id == function.function_id or known.need((client_id, part.function_id)):
+                            agent.functions.append((client_id, part))
             runs.append(
                 (task.task_id, task.attempt, client_id, task.items, task.skip, function.function_id, task.payload)
             )

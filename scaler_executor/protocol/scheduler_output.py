@@ -63,6 +63,9 @@ class SchedulerOutput:
         if agent.cancels:
             self.instructions.append(Send(agent.peer, TaskCancel(agent.cancels)))
             agent.cancels = []
+        if agent.forgotten:
+            self.instructions.append(Send(agent.peer, TaskRun([], [], agent.forgotten)))
+            agent.forgotten = []
         if agent.runs:
             forget = agent.known.trim()
             self.instructions.append(Send(agent.peer, TaskRun(agent.runs, agent.functions, forget)))

@@ -122,5 +122,7 @@ class Agent:
         self.known: KnownFunctions[tuple[int, int]] = KnownFunctions()
         self.runs: list[RunRow] = []
         self.functions: list[tuple[int, Function]] = []
+        #: Keys of functions that it is to forget before the next run: they may come again with that.
+        self.forgotten: list[tuple[int, int]] = []
         self.cancels: list[CancelRow] = []
         self.gone_clients: list[int] = []

@@ -173,8 +173,10 @@ class ClientFutureManager:
         self._cluster = cluster
         #: Makes the exception with which new calls are refused; None while they are accepted. Changed under `_lock`.
         self._refusal: Callable[[], Exception] | None = None
-        #: Whether workers can be started. Changed under `_start_lock`.
+        #: Whether workers can be started, and whether a thread is at it. Changed under `_start_lock`, for which the I/O
+        #: thread never waits.
         self._is_started = False
+        self._is_starting = False
         self._start_lock = threading.RLock()
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
@@ -272,13 +274,16 @@ class ClientFutureManager:
             return
         with self._start_lock:
             self.check_open()
-            if not self._is_started:
-                self._is_started = True  # already: a signal handler may submit while this thread is in here
+            # A signal handler of this thread may submit while it is in here: its calls wait with the others.
+            if not (self._is_starting or self._is_started):
                 try:
+                    self._is_starting = True
                     self._cluster.start()
-                except BaseException:
-                    self._is_started = False
-                    raise
+                    self._is_started = True
+                finally:
+                    self._is_starting = False
+        if self._close_asked:
+            self._ring()  # see `_tell_close`
 
     def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
         """Pickle and queue a call. What does not pickle is set on the future.
@@ -307,6 +312,8 @@ class ClientFutureManager:
         except Exception as error:
             return _failed_future(error)
         with self._lock:
+            while needs.generation != self._main.generation:
+                needs = self._main.needs(names)  # what workers inherited was lost meanwhile
             function_id = self._register(prepared, needs)
             no = self._take_numbers(1)
             future = self._futures[no] = make_future(self, no, prepared.name)
@@ -349,6 +356,10 @@ class ClientFutureManager:
     def needs(self, names: Iterable[str]) -> Needs:
         """Return the definitions that these globals of `__main__` need now."""
         return self._main.needs(names)
+
+    def knows(self, needs: Needs) -> bool:
+        """Tell whether workers still inherit what `needs` takes for inherited."""
+        return needs.generation == self._main.generation
 
     def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
         """Pass cancel requests on, by task number. Never waits."""
@@ -430,6 +441,8 @@ class ClientFutureManager:
         """Wait until everything has ended, callbacks included, but not for the thread that asks."""
         if self._refusal is _refuse_child:
             return  # the threads are the parent's
+        if self._is_starting and self._start_lock._is_owned():  # type: ignore[attr-defined]
+            return  # a signal handler in the middle of the first call: nothing ends before it returns
         current = threading.current_thread()
         if self._thread is not current:
             self._has_joined.wait()
@@ -632,14 +645,22 @@ class ClientFutureManager:
                 # Calls were refused before this was set, so none can be in a later batch.
                 self._close_told = not self._batch.tasks and self._direct is None
             if self._close_told:
-                with self._start_lock:
-                    # Calls are refused, so it stays as it is: what was never started has nothing to take leave of.
-                    was_started = self._is_started
-                if was_started:
-                    self._handle(CloseAsked())
-                else:
-                    self._drop_unsent()
-                    self._is_closed = True
+                self._tell_close()
+
+    def _tell_close(self) -> None:
+        """Begin to take leave. A cluster that was never started needs none."""
+        if not self._start_lock.acquire(blocking=False):
+            self._close_told = False  # a first call is just being made; it rings when that is done
+            return
+        try:
+            was_started = self._is_started  # and stays so: calls are refused
+        finally:
+            self._start_lock.release()
+        if was_started:
+            self._handle(CloseAsked())
+        else:
+            self._drop_unsent()
+            self._is_closed = True
 
     def _take_up_direct(self) -> None:
         direct = self._direct

@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -99,6 +100,9 @@ class EmbeddedCluster:
         #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
         self._initargs = initargs
         self._forker_pid: int | None = None
+        #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
+        self._lock = threading.RLock()
+        self._is_over = False
         self.death_fd = -1
         placeholders = _fill_standard_descriptors()
         try:
@@ -155,6 +159,17 @@ class EmbeddedCluster:
             Exception: What pickling the initializer raised, where workers are not forks of this process. It may be
             tried again.
         """
+        with self._lock:
+            if not self._is_over:
+                self._start()
+
+    def _start(self) -> None:
+        if self._forker_socket is not None:
+            # First of all: a signal handler's call may ask what is inherited.
+            from scaler_executor.runtime.namespace import snapshot
+
+            inherited_main = snapshot()
+            self.main.inherit(inherited_main)
         config: dict[str, Any] = {
             **self._config,
             "sys_path": [str(entry) for entry in sys.path],
@@ -168,36 +183,32 @@ class EmbeddedCluster:
             "descriptors": 0,
         }
         descriptors: list[int] = []
-        if self._forker_socket is not None:
-            try:
-                self._fork_forker()
-            except BaseException:
-                self.kill()
-                raise
-        else:
+        if self._forker_socket is None:
             if self._initializer is not None:
                 config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
             descriptors = [*descriptors, spawning.tracker_fd()]
             config["descriptors"] = len(descriptors)
         data = marshal.dumps(config)
         try:
+            if self._forker_socket is not None:
+                self._fork_forker(inherited_main)
             self._config_socket.sendall(len(data).to_bytes(8, "little") + data)
             if descriptors:
                 socket.send_fds(self._config_socket, [b"d"], descriptors)
         except ConnectionError:
             pass  # it has ended already, as its pidfd says
+        except BaseException:
+            self.kill()  # what is half done cannot be done again
+            raise
         self._config_socket.close()
 
-    def _fork_forker(self) -> None:
+    def _fork_forker(self, inherited_main: dict[str, Any]) -> None:
         from scaler_executor.runtime.forker import fork_forker
-        from scaler_executor.runtime.namespace import snapshot
         from scaler_executor.runtime.worker import WorkerConfig
 
         control, self._forker_socket = self._forker_socket, None
         assert control is not None
         try:
-            inherited_main = snapshot()
-            self.main.inherit(inherited_main)
             config = WorkerConfig(
                 initializer=self._initializer,
                 initargs=self._initargs,
@@ -205,8 +216,8 @@ class EmbeddedCluster:
                 signal_handlers=_signal_handlers(),
                 identity=identity.Identity(parent_pid=os.getpid()),
             )
-            ours = [self.death_fd, self.socket.fileno(), self._config_socket.fileno()]
-            self._forker_pid = fork_forker(config, control, ours)
+            # What is this process's alone is closed there by the client's at-fork hook.
+            self._forker_pid = fork_forker(config, control, [])
         finally:
             control.close()
 
@@ -226,6 +237,8 @@ class EmbeddedCluster:
 
     def join(self) -> str:
         """Wait until the processes are gone, reap them and close the descriptors. Return how serve ended, in words."""
+        with self._lock:
+            self._is_over = True
         self._config_socket.close()  # a serve that nobody had a call for ends by this
         poller = select.poll()
         poller.register(self.death_fd, select.POLLIN)
@@ -247,9 +260,9 @@ class EmbeddedCluster:
             end = getattr(self, name, None)
             if end is not None:
                 end.close()
-        if self.death_fd >= 0:
-            os.close(self.death_fd)
-            self.death_fd = -1
+        fd, self.death_fd = self.death_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def kill(self) -> None:
         """Kill serve, at whose end the forker kills the workers."""

@@ -487,7 +487,7 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             pid = os.fork()
-        except OSError:
+        except BaseException:
             os.close(creator_pidfd)
             raise
     if pid:

@@ -94,8 +94,10 @@ class FunctionTable:
         self._entries: OrderedDict[Any, KnownFunction] = OrderedDict()
         #: The entries of style CALL that are known by identity, by id(function).
         self._calls: dict[int, KnownFunction] = {}
-        #: {definition: (id, entries that need it)}
-        self._definitions: dict[Definition, tuple[int, int]] = {}
+        #: {definition: (id, the keys of the entries that need it)}
+        self._definitions: dict[Definition, tuple[int, dict[Any, None]]] = {}
+        #: {name: the newest definition that is known}. Entries that need an older one are dropped.
+        self._newest: dict[str, Definition] = {}
         self._total_bytes = 0
         self._last_id = 0
 
@@ -148,35 +150,39 @@ class FunctionTable:
         entry = self._entries.get(key)
         if entry is not None:
             entry.was_used = True
+            entry.needs = needs
             if entry.function is not None and style is CallStyle.CALL:
                 self._calls[id(function)] = entry
             return entry.function_id, [], []
         messages: list[Function] = []
-        ids = [self._define(definition, messages) for definition in definitions]
+        forgotten: list[int] = []
+        ids = [self._define(definition, key, messages, forgotten) for definition in definitions]
         self._last_id += 1
         entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs)
-        forgotten: list[int] = []
         if function is not None and style is CallStyle.CALL:
-            before = self._calls.get(id(function))
             self._calls[id(function)] = entry
-            if before is not None and before.needs.names == needs.names:
-                # Of an older version of what it needs: nobody will ask for it again.
-                forgotten += self._drop((id(function), style, before.needs.definitions))
         self._total_bytes += entry.size_bytes
         forgotten += self._evict()
         entry.was_used = False  # it was True for the eviction, which thus could not take it
         messages.append(Function(entry.function_id, name, blob, int(style), needs=ids))  # type: ignore[arg-type]
         return entry.function_id, messages, forgotten
 
-    def _define(self, definition: Definition, messages: list[Function]) -> int:
-        """Return a definition's id, and have it sent if it is new."""
-        known, entries = self._definitions.get(definition, (0, 0))
-        if not known:
+    def _define(self, definition: Definition, key: Any, messages: list[Function], forgotten: list[int]) -> int:
+        """Return a definition's id, for the entry `key`; have it sent if it is new, and older ones forgotten."""
+        before = self._newest.get(definition.name)
+        if before is None or before.version < definition.version:
+            self._newest[definition.name] = definition
+            if before is not None and before in self._definitions:
+                for old_key in list(self._definitions[before][1]):
+                    forgotten += self._drop(old_key)
+        if definition not in self._definitions:
             self._last_id += 1
-            known = self._last_id
+            self._definitions[definition] = self._last_id, {}
+            self._total_bytes += len(definition.payload)
             style, version = int(CallStyle.DEFINITION), definition.version
-            messages.append(Function(known, definition.name, definition.payload, style, version=version))  # type: ignore[arg-type]
-        self._definitions[definition] = known, entries + 1
+            messages.append(Function(self._last_id, definition.name, definition.payload, style, version=version))  # type: ignore[arg-type]
+        known, keys = self._definitions[definition]
+        keys[key] = None
         return known
 
     def forget_main(self) -> list[int]:
@@ -196,10 +202,11 @@ class FunctionTable:
         self._total_bytes -= entry.size_bytes
         forgotten = [entry.function_id]
         for definition in entry.needs.definitions:
-            known, entries = self._definitions.pop(definition)
-            if entries > 1:
-                self._definitions[definition] = known, entries - 1
-            else:
+            known, keys = self._definitions[definition]
+            keys.pop(key, None)
+            if not keys:
+                del self._definitions[definition]
+                self._total_bytes -= len(definition.payload)
                 forgotten.append(known)
         return forgotten
 

@@ -59,6 +59,11 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     well.
     """
     is_fork = identity.start_method == "fork"
+    pools: Any = sys.modules.get("concurrent.futures.thread")
+    if pools is not None:
+        # Threads of the user's process, which are not here; the one that made the first call is this one now, and would
+        # be joined by itself.
+        pools._threads_queues.clear()
     if not is_fork:
         atexit.register(_silence_inherited)
     elif _ENDS_BY_ATEXIT:

@@ -72,23 +72,23 @@ class Names(Protocol):
 class Definition:
     """What a name of `__main__` stood for when it was last looked at."""
 
-    __slots__ = ("content", "deps", "is_fixed", "name", "payload", "value", "version")
+    __slots__ = ("content", "deps", "failures", "held", "is_fixed", "looks_left", "name", "payload", "version")
 
     def __init__(
         self,
         name: str,
-        version: int,
-        value: Any,
+        held: Any,
         payload: Payload,
         deps: frozenset[str],
         content: Any,
         is_fixed: bool,
+        failures: int = 0,
     ) -> None:
         self.name = name
         #: 0: the workers inherited it, and it is not sent.
-        self.version = version
-        #: The object; kept, since it is compared by identity.
-        self.value = value
+        self.version = 0
+        #: The object that it was bound to, see `_hold`.
+        self.held = held
         self.payload = payload
         #: Names that are needed where this one is.
         self.deps = deps
@@ -96,6 +96,9 @@ class Definition:
         self.content = content
         #: Whether it stays as it is while the name is bound to the same object.
         self.is_fixed = is_fixed
+        #: How often in a row it could not be pickled, and how often it may be asked for before that is tried again.
+        self.failures = failures
+        self.looks_left = 1 << min(failures, 12)
 
 
 class Needs(NamedTuple):
@@ -104,34 +107,41 @@ class Needs(NamedTuple):
     definitions: tuple[Definition, ...]
     #: Names that were asked for.
     names: frozenset[str]
-    #: Every name that was looked at, and the object that it was bound to.
+    #: Every name that was looked at, and the object that it was bound to, see `_hold`.
     bindings: tuple[tuple[str, Any], ...]
     is_fixed: bool
+    #: How often what workers inherited had been lost.
+    generation: int
 
 
-NO_NEEDS: Final = Needs((), frozenset(), (), True)
+NO_NEEDS: Final = Needs((), frozenset(), (), True, 0)
 
 
 class MainDefinitions:
     """The definitions of this process's `__main__`. Thread-safe."""
 
     def __init__(self) -> None:
-        #: {name: (reference to the value, length)}, what workers inherit: see `snapshot`.
-        self._inherited: dict[str, tuple[Callable[[], Any], int]] = {}
+        #: {name: object}, what workers inherit, see `_hold`.
+        self._inherited: dict[str, Any] = {}
+        #: How often that was lost.
+        self.generation = 0
         #: {name: Definition}: the newest of each.
         self._known: dict[str, Definition] = {}
-        #: {id of an object: the name that it was first found under}. Another name for it is sent as that name's.
+        #: {id of an object: the name that it was first found under}. Another name for it is sent as that name's. It may
+        #: be the id of another object by now.
         self._owners: dict[int, str] = {}
         #: Held while the newest version is chosen, never while user code runs.
         self._lock = threading.Lock()
 
-    def inherit(self, inherited: dict[str, tuple[Any, int]]) -> None:
+    def inherit(self, inherited: dict[str, Any]) -> None:
         """Note what workers inherit. Before the first question."""
-        self._inherited = {name: (_refer(value), length) for name, (value, length) in inherited.items()}
+        assert not self._known
+        self._inherited = {name: _hold(value) for name, value in inherited.items()}
 
     def forget_inherited(self) -> None:
         """Workers inherit nothing from now on."""
         with self._lock:
+            self.generation += 1
             self._inherited = {}
             self._known = {name: known for name, known in self._known.items() if known.version}
 
@@ -142,8 +152,9 @@ class MainDefinitions:
     def needs(self, names: Iterable[str]) -> Needs:
         """Return the definitions that these names need, directly or through others, as they are now."""
         asked = frozenset(names)
+        generation = self.generation
         if not asked:
-            return NO_NEEDS
+            return NO_NEEDS._replace(generation=generation) if generation else NO_NEEDS
         main = main_dict()
         bindings: dict[str, Any] = {}
         definitions: list[Definition] = []
@@ -153,104 +164,121 @@ class MainDefinitions:
             name = waiting.pop()
             if name in bindings:
                 continue
-            value = bindings[name] = main.get(name, _ABSENT)
+            value = main.get(name, _ABSENT)
             if value is _ABSENT:
+                bindings[name] = value
                 continue
             definition = self._define(name, value)
+            bindings[name] = definition.held
             if definition.version:
                 definitions.append(definition)
             is_fixed = is_fixed and definition.is_fixed
             waiting.extend(definition.deps)
         definitions.sort(key=_by_name)
-        return Needs(tuple(definitions), asked, tuple(bindings.items()), is_fixed)
+        return Needs(tuple(definitions), asked, tuple(bindings.items()), is_fixed, generation)
 
     def are_current(self, needs: Needs) -> bool:
         """Tell whether `needs` would be the same now."""
+        if needs.generation != self.generation:
+            return False
         if not needs.bindings:
             return True
         get = main_dict().get
-        for name, value in needs.bindings:
-            if get(name, _ABSENT) is not value:
+        for name, held in needs.bindings:
+            if not _is_held(held, get(name, _ABSENT)):
                 return False
         return needs.is_fixed or self.needs(needs.names).definitions == needs.definitions
 
     def _define(self, name: str, value: Any) -> Definition:
         """Return the definition of a name that is bound to `value`, a new version if need be."""
-        main = main_dict()
-        known = self._known.get(name)
-        if known is None:
-            was, length = self._inherited.get(name, (_refer_to_nothing, -1))
-            if was() is value and length == _length(value):
-                deps = frozenset(_names_reached(value))
-                return self._publish(Definition(name, 0, value, b"", deps, None, True), None)
-        elif known.value is value and (known.is_fixed or _is_same(known.content, _content(value))):
-            return known
+        while True:
+            known = self._known.get(name)
+            if known is None and _is_held(self._inherited.get(name, _ABSENT), value):
+                definition = Definition(name, _hold(value), b"", frozenset(_names_reached(value)), None, True)
+            elif known is not None and self._is_current(known, value):
+                return known
+            else:
+                definition = self._pickle(name, value, known)
+                if definition is known:
+                    return known
+            if self._publish(definition, known):
+                return definition
+            # Another thread was quicker, and the object that it has published may be the later one.
+            value = main_dict().get(name, value)
+
+    def _is_current(self, known: Definition, value: Any) -> bool:
+        if not _is_held(known.held, value):
+            return False
+        if known.failures:
+            known.looks_left -= 1
+            return known.looks_left > 0
+        return known.is_fixed or _is_same(known.content, _content(value))
+
+    def _pickle(self, name: str, value: Any, known: Definition | None) -> Definition:
+        """Return a definition of `value`, or `known` if it is no other."""
         content = _content(value)
         names: set[str] = set()
-        payload: Payload
+        is_same = known is not None and _is_held(known.held, value)
         owner = self._owners.setdefault(id(value), name) if content is None else name
-        if owner != name and (first := self._known.get(owner)) is not None and first.value is value is main.get(owner):
+        first = self._known.get(owner) if owner != name else None
+        payload: Payload
+        if first is not None and _is_held(first.held, value) and main_dict().get(owner) is value:
             names.add(owner)
             payload = b"\x80\x05c__main__\n%b\n." % owner.encode()  # PROTO 5, GLOBAL, STOP
         else:
             try:
                 payload = _dumps_definition(name, value, self, names)
             except Exception as error:
+                if known is not None and is_same and not known.failures:
+                    return known  # another thread is changing it: better as it was than not at all
                 # Whoever uses it is told why it is not there.
                 payload = pickle.dumps(Unsendable(f"{type(error).__name__}: {error}"), PROTOCOL)
+                failures = known.failures + 1 if known is not None and is_same else 1
+                return Definition(name, _hold(value), payload, frozenset(), content, False, failures)
         names.discard(name)
         is_large = len(payload) > MAX_COMPARED_BYTES
-        is_fixed = type(value) in _ATOMS or is_large or (type(value) is FunctionType and content is not None)
         if known is not None and not is_large and isinstance(payload, bytes) and payload == known.payload:
-            known.value, known.content, known.deps = value, content, frozenset(names)
+            known.held, known.content, known.deps = _hold(value), content, frozenset(names)
             return known
-        return self._publish(Definition(name, 0, value, payload, frozenset(names), content, is_fixed), known)
+        is_fixed = type(value) in _ATOMS or is_large or (type(value) is FunctionType and content is not None)
+        return Definition(name, _hold(value), payload, frozenset(names), content, is_fixed)
 
-    def _publish(self, definition: Definition, known: Definition | None) -> Definition:
-        """Make a definition the newest, unless it is what another thread has just published."""
+    def _publish(self, definition: Definition, known: Definition | None) -> bool:
+        """Make a definition the newest, unless another thread has made one since `known`."""
         with self._lock:
-            newest = self._known.get(definition.name)
-            if newest is not None and newest is not known and newest.payload == definition.payload:
-                return newest
-            before = newest.value if newest is not None else None
-            if before is not definition.value and self._owners.get(id(before)) == definition.name:
-                del self._owners[id(before)]
+            if self._known.get(definition.name) is not known:
+                return False
             if definition.payload:
-                definition.version = newest.version + 1 if newest is not None else 1
+                definition.version = known.version + 1 if known is not None else 1
             self._known[definition.name] = definition
-            return definition
+            if len(self._owners) > 2 * len(self._known) + 64:
+                self._owners = {id(_value_of(of_name.held)): name for name, of_name in self._known.items()}
+            return True
 
 
 def _by_name(definition: Definition) -> str:
     return definition.name
 
 
-def snapshot() -> dict[str, tuple[Any, int]]:
-    """Return {name: (value, length)} of this process's `__main__`, which processes forked from now on have as well."""
-    return {name: (value, _length(value)) for name, value in list(main_dict().items())}
+def snapshot() -> dict[str, Any]:
+    """Return {name: value} of this process's `__main__`, which processes forked from now on have as well."""
+    return dict(main_dict())
 
 
-def _refer(value: Any) -> Callable[[], Any]:
-    """Return what gives a value for as long as others keep it alive, or for ever if that cannot be told."""
+def _hold(value: Any) -> Any:
+    """Return what tells a value from others without keeping it alive; where that cannot be, the value."""
     try:
-        reference = weakref.ref(value)
+        return weakref.ref(value)
     except TypeError:
-        return lambda: value
-
-    def get() -> Any:
-        found = reference()
-        return _ABSENT if found is None else found
-
-    return get
+        return value
 
 
-def _refer_to_nothing() -> Any:
-    return _ABSENT
+def _value_of(held: Any) -> Any:
+    return held() if type(held) is weakref.ReferenceType else held
 
 
-def _length(value: Any) -> int:
-    """Return the length of a container: the cheapest sign that it has been filled since."""
-    return len(value) if type(value) in (list, dict, set, bytearray) else -1
+def _is_held(held: Any, value: Any) -> bool:
+    return held is value or (type(held) is weakref.ReferenceType and held() is value)
 
 
 def find_in(main: dict[str, Any], value: Any) -> str | None:
@@ -520,7 +548,15 @@ def _dumps_definition(name: str, value: Any, policy: Names, names: set[str]) -> 
         buffers.append(bytes(view))
         return False
 
-    data = dumps_by_name(value, keep_in_band, buffers, policy, names, (name, value))
+    try:
+        data = dumps_by_name(value, keep_in_band, buffers, policy, names, (name, value))
+    except RuntimeError:
+        if type(value) not in (dict, list, set):
+            raise
+        # "changed size during iteration": another thread fills it. A copy is made in one step.
+        buffers.clear()
+        copied = value.copy()
+        data = dumps_by_name(copied, keep_in_band, buffers, policy, names, (name, copied))
     return Frames([data, *buffers]) if buffers or len(data) > MAX_COMPARED_BYTES else data
 
 
@@ -676,7 +712,7 @@ class WorkerMain:
         inherited: See `snapshot`; None where nothing was.
     """
 
-    def __init__(self, inherited: dict[str, tuple[Any, int]] | None) -> None:
+    def __init__(self, inherited: dict[str, Any] | None) -> None:
         self._inherited = inherited or {}
         #: {name: version} of what was taken.
         self._versions: dict[str, int] = {}
@@ -704,17 +740,26 @@ class WorkerMain:
     def resolve(self, name: str) -> None:
         """Take one definition."""
         version, payload = self.pending.pop(name)
-        self._versions[name] = version
         main = main_dict()
+        before = main.get(name, _ABSENT)
+        if (
+            before is not _ABSENT
+            and name not in self._versions
+            and name not in self._inherited
+            and not name.startswith("__")
+        ):
+            self._versions[name] = version
+            return  # a call has set it here, by a way that we do not see
         self._missing.pop(name, None)
-        before = main.get(name)
         set_here = self._attributes_set_here(name, before)
         try:
             value = _DefinitionUnpickler(self, payload).load()
         except KeyboardInterrupt:
+            self.pending[name] = (version, payload)
             raise
         except BaseException as error:
             value = Unsendable(f"it cannot be unpickled here: {type(error).__name__}: {error}")
+        self._versions[name] = version
         if type(value) is Unsendable:
             self._missing[name] = value.reason
             main.pop(name, None)
@@ -732,7 +777,7 @@ class WorkerMain:
         name = find_in(main, value)
         if name is None or name in self._versions:
             return name
-        return name if self._inherited.get(name, (_ABSENT,))[0] is main.get(name) else None
+        return name if self._inherited.get(name, _ABSENT) is main.get(name) else None
 
     def explain(self, error: BaseException) -> str | None:
         """Return why a name is not there on which a call failed, None if it is not about one."""

@@ -90,7 +90,7 @@ class WorkerConfig:
     #: The definitions that it needs: (name, version, buffers of the pickle).
     definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
     #: See `namespace.WorkerMain`; None unless the workers are forks of the user's process.
-    inherited_main: dict[str, tuple[Any, int]] | None = None
+    inherited_main: dict[str, Any] | None = None
     #: {number: handler}, set in each worker: the forker has none of the user's.
     signal_handlers: dict[int, Any] = field(default_factory=dict)
     #: Set in each worker; None where they are inherited.
