@@ -485,11 +485,17 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
     with warnings.catch_warnings():
         # Python 3.12 and later warn where there are threads: the child waits for none of their locks.
         warnings.simplefilter("ignore", DeprecationWarning)
+        # A Ctrl-C is not for the child: until it has a session of its own and ignores it, it waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        pid = -1
         try:
             pid = os.fork()
         except BaseException:
             os.close(creator_pidfd)
             raise
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if pid:
         os.close(creator_pidfd)
         return pid
@@ -514,6 +520,7 @@ def _reset_signals() -> None:
 
     An inherited SIG_IGN for SIGCHLD would lose the exit statuses. SIGHUP stays ignored: that is what nohup does.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # first: one that waits is dropped by this
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in signal.valid_signals():
         handler = signal.getsignal(number)

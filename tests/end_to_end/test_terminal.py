@@ -408,7 +408,7 @@ with make(2) as executor:
     one = executor.submit(workload.hold, started, gate, "held")
     one.result()
     two = [executor.submit(workload.hold, started, gate, "held") for _ in range(2)]
-    print([future.result() for future in two], executor.submit(signal.getsignal, signal.SIGHUP).result())
+    print([future.result() for future in two], int(executor.submit(signal.getsignal, signal.SIGHUP).result()))
     started.tell("ended")
 """
     started, gate = scene.fifo(), scene.fifo()
