@@ -64,6 +64,8 @@ def describe_error(error: BaseException) -> tuple[str, str]:
     text = str(error)
     for name in EXECUTORS:
         text = text.replace(name, "Executor")
+    if sys.version_info < (3, 11):
+        text = text.partition(" (while pickling ")[0]  # what is a note of the error since
     return type(error).__name__, text
 
 
