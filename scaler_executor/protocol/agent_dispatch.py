@@ -81,6 +81,7 @@ class Dispatch:
             message.functions = [
                 part for part in function.parts if part.function_id == function_id or known.need(part.function_id)
             ]
+            known.need(function_id)  # it outlasts its parts, which the worker has for good with it
             message.forget = known.trim()
         expected_s = (function.seconds or 0.0) * items_given
         if not worker.portions:

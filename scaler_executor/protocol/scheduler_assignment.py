@@ -95,6 +95,7 @@ class Assignment:
                     for part in function.parts:
                         if part.function_id == function.function_id or known.need((client_id, part.function_id)):
                             agent.functions.append((client_id, part))
+                    known.need((client_id, function.function_id))  # it outlasts its parts, which the agent has with it
             runs.append(
                 (task.task_id, task.attempt, client_id, task.items, task.skip, function.function_id, task.payload)
             )
