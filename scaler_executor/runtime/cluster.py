@@ -148,8 +148,6 @@ class EmbeddedCluster:
         self.main = MainDefinitions()
         if start_method == "fork":
             import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
-        else:
-            import multiprocessing.resource_tracker  # noqa: F401 - `start` needs it
 
     def start(self) -> None:
         """Have workers started from now on, out of this process as it is now.
@@ -181,12 +179,16 @@ class EmbeddedCluster:
             "initializer_pickle": None,
             "definitions": [],
             "descriptors": 0,
+            "has_tracker": False,
         }
         descriptors: list[int] = []
         if self._forker_socket is None:
             if self._initializer is not None:
                 config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
-            descriptors = [*descriptors, spawning.tracker_fd()]
+            tracker_fd = spawning.tracker_fd()
+            if tracker_fd is not None:
+                descriptors = [*descriptors, tracker_fd]
+            config["has_tracker"] = tracker_fd is not None
             config["descriptors"] = len(descriptors)
         data = marshal.dumps(config)
         try:

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -73,7 +74,7 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     process: Any = sys.modules.get(_PROCESS)
     if _TRACKER in sys.modules:
         _announce_tracker(sys.modules[_TRACKER], identity)
-    if process is None or (identity.tracker_fd is not None and _TRACKER not in sys.modules):
+    if process is None or _TRACKER not in sys.modules:
         sys.meta_path.insert(0, _OnImport(identity))
     if process is not None:
         _announce_method(identity)
@@ -141,6 +142,16 @@ def _announce_method(identity: Identity) -> None:
 def _announce_tracker(tracker: Any, identity: Identity) -> None:
     if identity.tracker_fd is not None:
         tracker._resource_tracker._fd = identity.tracker_fd
+    elif identity.start_method != "fork":
+        # The user's process had none. A tracker of this worker's own must not take what that process makes later for
+        # its own.
+        for name in ("register", "unregister"):
+            setattr(tracker, name, partial(_track, getattr(tracker, name)))
+
+
+def _track(call: Callable[[str, str], None], name: str, rtype: str) -> None:
+    if rtype != "shared_memory":
+        call(name, rtype)
 
 
 class _OnImport(MetaPathFinder):

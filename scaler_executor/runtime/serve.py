@@ -231,7 +231,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
             start_method=config["start_method"],
             authkey=config["authkey"],
             # The last one, see `cluster`.
-            tracker_fd=descriptors[-1] if descriptors else None,
+            tracker_fd=descriptors[-1] if config["has_tracker"] else None,
         ),
     )
     # Nothing of this process is the workers': with its end of the client's pair they could speak for the scheduler.

@@ -15,6 +15,9 @@ from typing import Any, Final
 #: A message carries no more descriptors than 253 (SCM_MAX_FD of Linux), and one is the tracker's.
 MAX_DESCRIPTORS: Final = 252
 
+#: Modules whose objects a resource tracker cares for.
+_TRACKED: Final = ("heap", "managers", "resource_tracker", "shared_memory", "synchronize")
+
 #: In a worker: the descriptors, in order.
 _received: list[int] = []
 
@@ -60,16 +63,18 @@ def pickling_for_workers() -> Iterator[list[int]]:
         context.set_spawning_popen(None)
 
 
-def tracker_fd() -> int:
-    """Return the descriptor of this process's resource tracker, which is started if need be.
+def tracker_fd() -> int | None:
+    """Return the descriptor of this process's resource tracker, which is started if need be; None where the program has
+    imported nothing that needs one.
 
     Workers that are not its forks share it, as every child of multiprocessing does. One of their own would take shared
-    memory of this process for theirs, for they have opened it, and remove it when they end.
+    memory of this process for theirs, for they have opened it, and remove it when they end: see `identity`.
     """
+    if not any(f"multiprocessing.{name}" in sys.modules for name in _TRACKED):
+        return None
     from multiprocessing import resource_tracker
 
-    fd: Any = resource_tracker.getfd()  # None only for the type checker: it is running now
-    return int(fd)
+    return resource_tracker.getfd()
 
 
 def receive(descriptors: list[int]) -> None:

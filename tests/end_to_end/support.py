@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -385,7 +386,8 @@ class Scene:
                 pid = int(entry)
                 if mark in read_proc(pid, "environ") or mark in read_proc(pid, "maps"):
                     found.add(pid)
-        found.discard(os.getpid())
+        # The resource tracker of multiprocessing is one per process, and stays: see conftest.
+        found -= {os.getpid(), resource_tracker._resource_tracker._pid}  # type: ignore[attr-defined]
         return sorted(found)
 
     def _inventory(self) -> set[str]:
