@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +386,8 @@ class Scene:
                 if mark in read_proc(pid, "environ") or mark in read_proc(pid, "maps"):
                     found.add(pid)
         # The resource tracker of multiprocessing is one per process, and stays: see conftest.
-        found -= {os.getpid(), resource_tracker._resource_tracker._pid}  # type: ignore[attr-defined]
+        tracker: Any = sys.modules.get("multiprocessing.resource_tracker")
+        found -= {os.getpid(), tracker._resource_tracker._pid if tracker is not None else 0}
         return sorted(found)
 
     def _inventory(self) -> set[str]:
