@@ -28,7 +28,15 @@ Every public name is imported on first use, so that importing the package alone 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+
+if sys.platform in ("win32", "emscripten", "wasi"):
+    raise ImportError(
+        f"scaler-executor runs on Linux and not on {sys.platform!r}: it needs forks, signals and descriptors that are "
+        "passed between processes. On Windows, use it in the Windows Subsystem for Linux (WSL); where that cannot be, "
+        "concurrent.futures.ProcessPoolExecutor has the same interface."
+    )
 
 TYPE_CHECKING = False  # not from `typing`, whose import would cost more than all of this
 if TYPE_CHECKING:

@@ -260,7 +260,7 @@ class AgentRuntime:
         control.setblocking(False)
         self._control = control
         self._loop.watch(control.fileno(), self._on_control)
-        pidfd = platform.pidfd_open(os.getpid())
+        pidfd = platform.watch_self()
         try:
             packet = msgspec.msgpack.encode(ForkerSetup())
             socket.send_fds(control, [packet], [self._bell.ring_fd, pidfd])
@@ -383,8 +383,7 @@ class AgentRuntime:
             log.warn("agent", "the process that forks workers was lost; its workers are killed")
         self._unsent = []
         for handle in self._workers.values():
-            platform.signal_group(handle.pidfd, handle.pid, signal.SIGKILL)
-            platform.signal_process(handle.pidfd, signal.SIGKILL)
+            platform.kill_orphan(handle.pidfd, handle.pid)
         # One forker after the other that is lost before it has forked anything: something here does not let them live.
         self._lost_forkers += 1
         control = self._restart_forker() if not is_ending and self._lost_forkers <= MAX_LOST_FORKERS else None

@@ -28,6 +28,8 @@ from scaler_executor.runtime import identity, platform, spawning, surroundings
 #: comes from where this process has it. No configuration: nobody had a call for it.
 _BOOT: Final = """\
 import os, sys
+if {calls_setsid}:
+    os.setsid()
 low = 3
 for fd in {inherited!r}:
     os.closerange(low, fd)
@@ -104,17 +106,22 @@ class EmbeddedCluster:
         self._lock = threading.RLock()
         self._is_over = False
         self.death_fd = -1
+        lifeline: platform.Lifeline | None = None
         placeholders = _fill_standard_descriptors()
         try:
             self.socket, theirs = socket.socketpair()
             self._config_socket, their_config = socket.socketpair()
-            client_pidfd = platform.pidfd_open(os.getpid())
+            client_pidfd = platform.watch_self()
+            lifeline = platform.Lifeline(is_spawned=True)
             inherited = [theirs.fileno(), their_config.fileno(), client_pidfd]
+            if lifeline.child_fd >= 0:
+                inherited.append(lifeline.child_fd)
             self._config |= {
                 "socket_fd": theirs.fileno(),
                 "config_fd": their_config.fileno(),
                 "client_pidfd": client_pidfd,
                 "client_pid": os.getpid(),
+                "lifeline_fd": lifeline.child_fd,
             }
             #: The control pair of a forker that is still to be forked: serve's end it has.
             self._forker_socket: socket.socket | None = None
@@ -127,7 +134,7 @@ class EmbeddedCluster:
                 self._environment = dict(os.environ)
                 self._surroundings = surroundings.take()
                 self._serve_pid = _start_serve(their_config.fileno(), client_pidfd, inherited)
-                self.death_fd = platform.pidfd_open(self._serve_pid)
+                self.death_fd = lifeline.watch(self._serve_pid)
             finally:
                 os.close(client_pidfd)
                 for end in (theirs, their_config, *([control] if control is not None else [])):
@@ -138,6 +145,8 @@ class EmbeddedCluster:
                 _reap(self._serve_pid)
             raise
         finally:
+            if lifeline is not None:
+                lifeline.close()
             for fd in placeholders:
                 os.close(fd)
         self.socket.setblocking(False)
@@ -269,7 +278,7 @@ class EmbeddedCluster:
     def kill(self) -> None:
         """Kill serve, at whose end the forker kills the workers."""
         if self.death_fd >= 0:
-            platform.signal_process(self.death_fd, signal.SIGKILL)
+            platform.kill_process(self.death_fd, self._serve_pid)
 
 
 def _signal_handlers() -> dict[int, Any]:
@@ -323,10 +332,16 @@ def _start_serve(config_fd: int, client_pidfd: int, inherited: list[int]) -> int
     package_home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     program = _BOOT.format(
-        fd=config_fd, client_pidfd=client_pidfd, package_home=package_home, inherited=sorted(inherited)
+        fd=config_fd,
+        client_pidfd=client_pidfd,
+        package_home=package_home,
+        inherited=sorted(inherited),
+        calls_setsid=platform.PORTABLE,
     )
     # A descriptor that is duplicated onto itself stays open in the new process, all others of Python's do not.
     actions: list[Any] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited]
     actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
     arguments = [executable, *flags, "-c", program]
-    return os.posix_spawn(executable, arguments, os.environ, file_actions=actions, setsid=True)
+    # Where the program itself calls setsid, no Ctrl-C may come before that: it never wants one.
+    session: dict[str, Any] = {"setsigmask": [signal.SIGINT]} if platform.PORTABLE else {"setsid": True}
+    return os.posix_spawn(executable, arguments, os.environ, file_actions=actions, **session)

@@ -6,8 +6,8 @@ time is reported, and no other worker waits for it.
 
 One request's way: the agent sends FreezeWorker(kill_seq); the forker sends SIGSTOP and looks on; once the worker is
 stopped its page cannot change. If that call is in progress its process group gets SIGKILL, else the worker goes on. The
-pidfd tells of the death; the group is emptied while its number cannot be reused; then WorkerExited says that nothing is
-left.
+pidfd tells of the death, or SIGCHLD alone where there is none; the group is emptied while its number cannot be reused;
+then WorkerExited says that nothing is left.
 
 As the workers' parent the forker cannot signal a stranger: a pid is reused only after its parent has reaped it.
 """
@@ -86,11 +86,12 @@ class _Worker:
 class Forker:
     """The event loop. Ends the process when the agent or the creator is gone."""
 
-    def __init__(self, control: socket.socket, config: WorkerConfig, watched_pidfds: list[int]) -> None:
+    def __init__(self, control: socket.socket, config: WorkerConfig, creator: int, creator_pidfd: int) -> None:
         control.setblocking(False)
         self._control = control
         self._config = config
-        self._watched = list(watched_pidfds)
+        self._creator = creator
+        self._watched = [creator_pidfd]
         #: {worker_id: worker}, and the same by pidfd. A pidfd stays open until the group is empty.
         self._workers: dict[int, _Worker] = {}
         self._by_pidfd: dict[int, _Worker] = {}
@@ -101,6 +102,8 @@ class Forker:
         self._bell_fd = -1
         self._stop_deadline_s = ForkerSetup().stop_deadline_s
         self._pid = os.getpid()
+        #: By which workers watch this process, -1 where the kernel does that.
+        self._lifeline_fd = platform.watch_self() if platform.PORTABLE else -1
         # SIGCHLD comes as a byte here: when a worker has stopped, and when an orphan of a worker has ended, which no
         # pidfd tells.
         self._child_in, self._child_out = os.pipe()
@@ -108,19 +111,21 @@ class Forker:
         os.set_blocking(self._child_out, False)
         signal.signal(signal.SIGCHLD, _ignore)
         signal.set_wakeup_fd(self._child_out, warn_on_full_buffer=False)
-        self._epoll = select.epoll()
-        for fd in (control.fileno(), self._child_in, *self._watched):
-            self._epoll.register(fd, select.EPOLLIN)
+        self._poller = platform.Poller()
+        for fd in (control.fileno(), self._child_in, creator_pidfd):
+            self._poller.register(fd, select.POLLIN)
 
     def run(self) -> NoReturn:
         """Serve until there is nobody to serve."""
+        units_per_s = self._poller.units_per_s
         while True:
-            events = self._epoll.poll(self._timeout_s())
+            timeout_s = self._timeout_s()
+            events = self._poller.poll(None if timeout_s is None else timeout_s * units_per_s)
             for fd, mask in events:
                 if fd == self._control.fileno():
-                    if mask & select.EPOLLOUT:
+                    if mask & select.POLLOUT:
                         self._flush()
-                    if mask & ~select.EPOLLOUT:
+                    if mask & ~select.POLLOUT:
                         self._receive()
                 elif fd == self._child_in:
                     self._on_children()
@@ -129,6 +134,8 @@ class Forker:
                 elif fd in self._watched:
                     self._end()
             self._look_again()
+            if platform.RESERVE_S is not None and os.getppid() != self._creator:
+                self._end()
 
     def _receive(self) -> None:
         """Handle the messages that are there, at most a few, so that deaths are seen meanwhile."""
@@ -152,7 +159,7 @@ class Forker:
             self._stop_deadline_s = message.stop_deadline_s
             self._bell_fd, agent_pidfd = fds
             self._watched.append(agent_pidfd)
-            self._epoll.register(agent_pidfd, select.EPOLLIN)
+            self._poller.register(agent_pidfd, select.POLLIN)
             return
         if isinstance(message, ForkWorker):
             self._fork(message.worker_id)
@@ -165,7 +172,7 @@ class Forker:
             # the call.
             worker.page[INTERRUPT] = message.seq
             _take_back(worker.page, message.seq)
-            platform.signal_process(worker.pidfd, signal.SIGINT)
+            platform.signal_child(worker.pidfd, worker.pid, signal.SIGINT)
         elif isinstance(message, FreezeWorker):
             self._freeze(worker, message)
         elif isinstance(message, KillWorker):
@@ -177,6 +184,7 @@ class Forker:
         """Make a worker and hand its descriptors over."""
         opened: list[int] = []
         page: memoryview | None = None
+        lifeline: platform.Lifeline | None = None
         pid = 0
         try:
             here, there = socket.socketpair()
@@ -186,25 +194,31 @@ class Forker:
             call_here, call_there, pipe_here, pipe_there, page_fd = opened
             platform.grow_pipe(pipe_there, PIPE_BYTES)
             page = platform.map_page(page_fd)
+            lifeline = platform.Lifeline()
             pid = os.fork()
             if pid == 0:
+                lifeline.hold()
                 self._become_worker(worker_id, call_there, pipe_there, page, [call_here, pipe_here, page_fd])
-            pidfd = platform.pidfd_open(pid)
+            pidfd = lifeline.watch(pid)
         except OSError as error:
             if pid:
                 os.kill(pid, signal.SIGKILL)  # reaped with the orphans
             if page is not None:
                 platform.unmap_page(page)
+            if lifeline is not None:
+                lifeline.close()
             for fd in opened:
                 os.close(fd)
             self._send(WorkerForkFailed(worker_id, str(error)))
             return
+        lifeline.close()
         os.close(call_there)
         os.close(pipe_there)
         worker = _Worker(worker_id, pid, pidfd, page)
         self._workers[worker_id] = worker
         self._by_pidfd[pidfd] = worker
-        self._epoll.register(pidfd, select.EPOLLIN)
+        if not platform.PORTABLE:  # a lifeline tells of nothing that SIGCHLD does not, and a call may close it
+            self._poller.register(pidfd, select.POLLIN)
         ours = [call_here, pipe_here, page_fd]
         self._send(WorkerForked(worker_id, pid), [*ours, pidfd], ours)
 
@@ -214,14 +228,15 @@ class Forker:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
-            if not platform.set_parent_death_signal(signal.SIGKILL, self._pid):
+            if not platform.die_with_parent(self._pid, self._lifeline_fd):
                 os._exit(0)
-            self._epoll.close()
+            self._poller.close()
             self._control.close()
             for _, _, held in self._outbox:
                 fds += held
             for fd in [self._child_in, self._child_out, *self._watched, *self._by_pidfd, *fds]:
-                os.close(fd)
+                if fd != self._config.identity.parent_fd:
+                    os.close(fd)
             for worker in self._workers.values():
                 platform.unmap_page(worker.page)
             bell = platform.Bell.for_ringing(self._bell_fd)
@@ -238,7 +253,7 @@ class Forker:
             return
         if not worker.freezes:
             worker.was_stopped = _has_stopped(worker.pid) or platform.is_stopped(worker.pid)
-            if not platform.signal_process(worker.pidfd, signal.SIGSTOP):
+            if not platform.signal_child(worker.pidfd, worker.pid, signal.SIGSTOP):
                 return
             self._await(worker)
         worker.freezes.append(message)
@@ -271,7 +286,7 @@ class Forker:
         if not worker.killed:
             worker.look_at = worker.stuck_at = None
             if not worker.was_stopped:
-                platform.signal_process(worker.pidfd, signal.SIGCONT)
+                platform.signal_child(worker.pidfd, worker.pid, signal.SIGCONT)
         for answer in answers:
             self._send(answer)
 
@@ -280,7 +295,8 @@ class Forker:
         worker.freezes.clear()
         worker.killed = True
         platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
-        platform.signal_process(worker.pidfd, signal.SIGKILL)  # it may not have made its group yet
+        # It may not have made its group yet.
+        platform.signal_child(worker.pidfd, worker.pid, signal.SIGKILL)
         self._await(worker)
 
     def _await(self, worker: _Worker) -> None:
@@ -292,7 +308,10 @@ class Forker:
 
     def _timeout_s(self) -> float | None:
         times = [worker.look_at for worker in self._workers.values() if worker.look_at is not None]
-        return max(0.0, min(times) - monotonic()) if times else None
+        if not times:
+            return platform.RESERVE_S
+        left_s = max(0.0, min(times) - monotonic())
+        return left_s if platform.RESERVE_S is None else min(left_s, platform.RESERVE_S)
 
     def _look_again(self) -> None:
         """Look at the workers of which something is awaited and whose time has come."""
@@ -317,7 +336,7 @@ class Forker:
         if worker.freezes:
             worker.freezes.clear()
             worker.look_at = None
-            platform.signal_process(worker.pidfd, signal.SIGCONT)
+            platform.signal_child(worker.pidfd, worker.pid, signal.SIGCONT)
 
     def _progress(self, worker: _Worker) -> None:
         if worker.exited is not None:
@@ -372,10 +391,11 @@ class Forker:
             page[CURRENT],
             page[DONE],
             page[ITEM],
-            usage.ru_maxrss * 1024,
+            platform.peak_memory_bytes(usage),
         )
         worker.freezes.clear()
-        self._epoll.unregister(worker.pidfd)
+        if not platform.PORTABLE:
+            self._poller.unregister(worker.pidfd)
         if worker.killed and worker.stuck_at is None:
             self._await(worker)
         self._finish(worker)
@@ -421,8 +441,8 @@ class Forker:
                 os.close(fd)
         if self._is_full != bool(self._outbox):
             self._is_full = bool(self._outbox)
-            mask = select.EPOLLIN | select.EPOLLOUT if self._is_full else select.EPOLLIN
-            self._epoll.modify(self._control.fileno(), mask)
+            mask = select.POLLIN | select.POLLOUT if self._is_full else select.POLLIN
+            self._poller.modify(self._control.fileno(), mask)
 
     def _end(self) -> NoReturn:
         """Kill everything and go: nobody is left to tell."""
@@ -430,26 +450,23 @@ class Forker:
             for worker in self._workers.values():
                 platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
                 if worker.exited is None:
-                    platform.signal_process(worker.pidfd, signal.SIGKILL)
+                    platform.signal_child(worker.pidfd, worker.pid, signal.SIGKILL)
             deadline = monotonic() + END_DEADLINE_S
-            poller = select.poll()
             for worker in self._workers.values():
                 if worker.exited is None:
-                    poller.register(worker.pidfd, select.POLLIN)
-                    if not poller.poll(max(0.0, deadline - monotonic()) * 1000):
+                    if not platform.has_child_ended(worker.pid, max(0.0, deadline - monotonic()), worker.pidfd):
                         break
-                    poller.unregister(worker.pidfd)
                     # What it forked between the two signals above is in its group still.
                     platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
         finally:
             os._exit(0)
 
 
-def forker_main(control: socket.socket, config: WorkerConfig, watched_pidfds: list[int]) -> NoReturn:
+def forker_main(control: socket.socket, config: WorkerConfig, creator: int, creator_pidfd: int) -> NoReturn:
     """Run the forker in this process, which has one thread. Ends it."""
     _reset_signals()
     platform.become_subreaper()
-    Forker(control, config, watched_pidfds).run()
+    Forker(control, config, creator, creator_pidfd).run()
 
 
 def start_forker_by_fork(config: WorkerConfig, not_inherited: Sequence[int] = ()) -> tuple[int, socket.socket]:
@@ -476,7 +493,7 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
         not_inherited: Descriptors that the forker closes.
     """
     platform.prepare()
-    creator_pidfd = platform.pidfd_open(os.getpid())
+    creator, creator_pidfd = os.getpid(), platform.watch_self()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()  # or the child would print it again
@@ -507,7 +524,9 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
                 os.close(fd)
             except OSError:
                 pass  # closed before the fork, after it was listed
-        forker_main(control, config, [creator_pidfd])
+        if platform.PORTABLE and config.identity.parent_pid == creator:
+            config.identity.parent_fd = creator_pidfd
+        forker_main(control, config, creator, creator_pidfd)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

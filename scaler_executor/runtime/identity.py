@@ -12,7 +12,6 @@ support.
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Final
+
+from scaler_executor.runtime.platform import watch_ancestor
 
 _PROCESS: Final = "multiprocessing.process"
 _CONTEXT: Final = "multiprocessing.context"
@@ -39,6 +40,8 @@ class Identity:
     name: str = "ScalerWorker"
     #: The user's process.
     parent_pid: int = 0
+    #: Tells of its end, where that has to be inherited; -1: need not be, or is not.
+    parent_fd: int = -1
     start_method: str = "fork"
     #: None: inherited, or the user's process had none when it was asked.
     authkey: bytes | None = None
@@ -105,10 +108,7 @@ def _silence_inherited() -> None:
 
 
 def _sentinel(identity: Identity) -> int | None:
-    try:
-        return os.pidfd_open(identity.parent_pid)
-    except (OSError, AttributeError):
-        return None  # it has just ended, or there is no such call
+    return watch_ancestor(identity.parent_pid, identity.parent_fd)
 
 
 def _make_process(process: Any, identity: Identity, body: Callable[[], None]) -> Any:

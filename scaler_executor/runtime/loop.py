@@ -1,7 +1,6 @@
 """An event loop: descriptors and one deadline.
 
-This module knows epoll and the monotonic clock, and nothing of what is read or why. Where there is no epoll, or its
-twin is asked for, `select.poll` does the same.
+This module knows a poller and the monotonic clock, and nothing of what is read or why.
 
 To wake a process on a core that has gone to sleep takes longer than all that we do for a call, and a call crosses four
 processes. So where the next event can be expected at once, and a core is free for it, the loop looks for it a little
@@ -13,9 +12,9 @@ from __future__ import annotations
 import select
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
-from scaler_executor.runtime.platform import PORTABLE, yield_core
+from scaler_executor.runtime.platform import Poller, yield_core
 
 READABLE: Final = select.POLLIN
 WRITABLE: Final = select.POLLOUT
@@ -28,9 +27,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._callbacks: dict[int, Callable[[], None]] = {}
-        self._poller: Any = select.poll() if PORTABLE or not hasattr(select, "epoll") else select.epoll()
-        #: What `poll` takes for one second.
-        self._units_per_s = 1000 if not hasattr(self._poller, "fileno") else 1
+        self._poller = Poller()
         self._stopped = False
 
     def watch(self, fd: int, callback: Callable[[], None], events: int = READABLE) -> None:
@@ -99,8 +96,5 @@ class Loop:
         """Sleep until something is ready or the deadline has come."""
         if deadline is None:
             return self._poller.poll()  # type: ignore[no-any-return]
-        # epoll rounds up to milliseconds itself, poll wants them rounded.
         left_s = max(0.0, deadline - monotonic())
-        units_per_s = self._units_per_s
-        timeout = left_s if units_per_s == 1 else -int(-left_s * units_per_s // 1)
-        return self._poller.poll(timeout)  # type: ignore[no-any-return]
+        return self._poller.poll(left_s * self._poller.units_per_s)  # type: ignore[no-any-return]

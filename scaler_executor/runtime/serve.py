@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import resource
-import select
 import signal
 import socket
 import sys
@@ -59,6 +58,8 @@ class Server:
         self._client_pidfd = client_pidfd
         #: When everything ends that is still there, or None while the client lives.
         self._end_by: float | None = None
+        #: When to ask next whether the client is still the parent, as a reserve; None: its pidfd is enough.
+        self._parent_check_at = None if platform.RESERVE_S is None else monotonic()
         #: Messages on their way from the scheduler to the agent.
         self._to_agent: deque[Message] = deque()
         #: Messages on their way from the agent to the scheduler.
@@ -118,10 +119,14 @@ class Server:
                 raise AssertionError(f"bug: scheduler and agent disagree: {instruction.reason}")
 
     def _next_deadline(self) -> float | None:
-        deadlines = (self._scheduler.next_deadline(), self._agent.next_deadline(), self._end_by)
+        deadlines = (self._scheduler.next_deadline(), self._agent.next_deadline(), self._end_by, self._parent_check_at)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _on_deadline(self) -> None:
+        if self._parent_check_at is not None and platform.RESERVE_S is not None:
+            self._parent_check_at = monotonic() + platform.RESERVE_S
+            if os.getppid() != self._config["client_pid"]:
+                self._client_died()
         if self._end_by is not None and self._end_by <= monotonic():
             self._loop.stop()  # the forker is let go, and kills what is left
         self._agent.handle(agent_protocol.Tick())
@@ -198,9 +203,7 @@ class Server:
         """Tell whether the client has gone: the loss of the forker may be noticed first."""
         if self._client is None:
             return True
-        poller = select.poll()
-        poller.register(self._client_pidfd, select.POLLIN)
-        return bool(poller.poll(0))
+        return platform.has_ended(self._client_pidfd)
 
     def _restart_forker(self) -> socket.socket | None:
         control = _start_forker(self._config)
@@ -228,6 +231,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         descriptors=descriptors,
         identity=Identity(
             parent_pid=config["client_pid"],
+            parent_fd=config["client_pidfd"] if platform.PORTABLE else -1,
             start_method=config["start_method"],
             authkey=config["authkey"],
             # The last one, see `cluster`.
@@ -235,7 +239,8 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         ),
     )
     # Nothing of this process is the workers': with its end of the client's pair they could speak for the scheduler.
-    not_inherited = [fd for fd in _open_descriptors() if fd not in descriptors]
+    inherited = {*descriptors, worker_config.identity.parent_fd}
+    not_inherited = [fd for fd in platform.open_descriptors() if fd not in inherited]
     pid, control = start_forker_by_fork(worker_config, not_inherited)
     _forkers.append(pid)
     return control
@@ -249,15 +254,7 @@ def _reap_forkers() -> None:
     """Wait until they have ended, which they do when they are let go: or they would outlive this process a little."""
     deadline = monotonic() + FORKER_END_S
     for pid in _forkers:
-        pidfd = platform.pidfd_open(pid)  # a child that is not reaped keeps its number
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        poller.poll(max(0.0, deadline - monotonic()) * 1000)
-        os.close(pidfd)
-
-
-def _open_descriptors() -> list[int]:
-    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
+        platform.has_child_ended(pid, max(0.0, deadline - monotonic()))
 
 
 def _receive_descriptors(config_socket: socket.socket, count: int) -> list[int]:
@@ -271,6 +268,7 @@ def main(config: dict[str, Any]) -> NoReturn:
         config: See `cluster.EmbeddedCluster`, which makes it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    platform.hold_lifeline(config["lifeline_fd"])
     surroundings.apply(config["surroundings"], config["environment"])
     with socket.socket(fileno=config["config_fd"]) as config_socket:
         config["initargs_fds"] = _receive_descriptors(config_socket, config["descriptors"])

@@ -11,15 +11,17 @@ import resource
 import time
 from typing import Any, Final
 
+from scaler_executor.runtime import platform
+
 _LIMITS: Final = tuple(sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}))
 
 
 def take() -> dict[str, Any]:
     """Return what holds for this process, in values that marshal takes."""
     return {
-        "umask": _umask(),
+        "umask": platform.file_mode_mask(),
         "priority": os.getpriority(os.PRIO_PROCESS, 0),
-        "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
+        "cpus": platform.usable_cpus(),
         **{f"limit {number}": resource.getrlimit(number) for number in _LIMITS},
     }
 
@@ -47,20 +49,8 @@ def apply(changed: dict[str, Any], environment: dict[str, str] | None) -> None:
             elif name == "priority":
                 os.setpriority(os.PRIO_PROCESS, 0, value)
             elif name == "cpus":
-                os.sched_setaffinity(0, value)
+                platform.use_cpus(value)
             else:
                 resource.setrlimit(int(name.split()[1]), value)
         except (OSError, ValueError):
             pass
-
-
-def _umask() -> int | None:
-    """Return the mask. To ask for it by setting it would show for a moment in the files of other threads."""
-    try:
-        with open("/proc/self/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Umask:"):
-                    return int(line.split()[1], 8)
-    except OSError:
-        pass
-    return None

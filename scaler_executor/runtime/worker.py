@@ -63,7 +63,7 @@ from scaler_executor.runtime.calls import (
 )
 from scaler_executor.runtime.identity import Identity, run_as_process
 from scaler_executor.runtime.namespace import WorkerMain
-from scaler_executor.runtime.platform import Bell, range_buffer
+from scaler_executor.runtime.platform import Bell, name_process, range_buffer
 from scaler_executor.runtime.transport import StreamReader
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
@@ -569,11 +569,7 @@ def _take_over_process(config: WorkerConfig) -> None:
         os.dup2(fd, 0)
         os.close(fd)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    try:
-        with open("/proc/self/comm", "w") as file:
-            file.write(config.name[:15])
-    except OSError:
-        pass
+    name_process(config.name)
     for number, handler in config.signal_handlers.items():
         try:
             signal.signal(number, handler)

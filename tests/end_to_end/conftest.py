@@ -13,6 +13,10 @@ import pytest
 from support import Scene
 
 from scaler_executor import ScalerExecutor
+from scaler_executor.runtime import platform
+
+# What stays for good is there before the first test looks.
+platform.prepare()
 
 # The crashes that the tests provoke are nobody's to debug.
 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import workload
-from support import DEADLINE_S, Cluster, Scene, wait_gone, wait_until
+from support import DEADLINE_S, Cluster, Scene, is_gone, wait_gone, wait_until
 
 from scaler_executor import (
     CancelOutcome,
@@ -406,7 +406,7 @@ import workload
 from scaler_executor import ScalerExecutor
 from support import copy_of_fifo, copy_of_heartbeat
 
-method, is_running, third, ready, started, gate, beat = sys.argv[1:]
+method, is_running, first, third, ready, started, gate, beat = sys.argv[1:]
 ready, started, gate = map(copy_of_fifo, (ready, started, gate))
 
 if __name__ == "__main__":
@@ -415,7 +415,7 @@ if __name__ == "__main__":
     futures = []
     if int(is_running):
         futures = [
-            executor.submit(workload.hold_gil, started),
+            executor.submit(getattr(workload, first), started),
             executor.submit(workload.defy, started, copy_of_heartbeat(beat)),
             executor.submit(getattr(workload, third), started),
             *[executor.submit(workload.sleep, started) for _ in range(10)],
@@ -436,15 +436,14 @@ def test_kill_subset(scene: Scene, start_method: str, subset: tuple[str, ...], i
     """kill -9 of client, serve, forker, or any of them together: no process is left, whatever the calls do.
 
     One thing is out of reach: where serve and forker die in the same moment nobody is left who knows of a call's own
-    subprocesses.
+    subprocesses. Nor is anybody, where the kernel does not see to it, who ends a call that holds the GIL.
     """
     is_nobody_left = {"serve", "forker"} <= set(subset)
-    if is_nobody_left and is_running and platform.PORTABLE:
-        pytest.skip("only Linux ends a busy worker with its forker")
+    first = "sleep" if is_nobody_left and platform.PORTABLE else "hold_gil"
     third = "sleep" if is_nobody_left else "work_in_subprocess"
     ready, started, gate, heartbeat = scene.fifo(), scene.fifo(), scene.fifo(), scene.heartbeat()
     paths = [part.path for part in (ready, started, gate, heartbeat)]
-    client = scene.client(CLIENT, start_method, int(is_running), third, *paths)
+    client = scene.client(CLIENT, start_method, int(is_running), first, third, *paths)
     ready.hear()
     if is_running:
         for _ in range(3):
@@ -465,3 +464,42 @@ def test_kill_subset(scene: Scene, start_method: str, subset: tuple[str, ...], i
             gate.open()
         client.wait()
     wait_gone(*[pid for pid in pids if pid != client.pid])
+
+
+CLIENT_THAT_C_FORKS = """
+import ctypes, multiprocessing, sys
+import workload
+from scaler_executor import ScalerExecutor
+from support import copy_of_fifo
+
+method, ready, started, gate = sys.argv[1:]
+
+if __name__ == "__main__":
+    executor = ScalerExecutor(2, multiprocessing.get_context(method))
+    running = executor.submit(workload.sleep, copy_of_fifo(started))
+    copy_of_fifo(gate).await_opening()
+    libc = ctypes.PyDLL(None)  # with the GIL, so that no other thread's hold of it is copied
+    fork = libc.fork()
+    if not fork:
+        while True:
+            libc.pause()
+    copy_of_fifo(ready).tell(fork)
+    running.exception()
+"""
+
+
+def test_client_killed_that_c_code_has_forked(scene: Scene, start_method: str) -> None:
+    """kill -9 of a client: nothing of its cluster is left though a fork of it, of which Python does not know, lives on
+    and has everything open that the client had."""
+    ready, started, gate = scene.fifo(), scene.fifo(), scene.fifo()
+    client = scene.client(CLIENT_THAT_C_FORKS, start_method, ready.path, started.path, gate.path)
+    started.hear()
+    pids = Cluster(client.pid).all()
+    gate.open()
+    fork = int(ready.hear())
+    client.process.kill()
+    client.wait()
+    wait_gone(*pids)
+    assert not is_gone(fork)
+    os.kill(fork, signal.SIGKILL)
+    wait_gone(fork)

@@ -1,6 +1,7 @@
 """The layers, read from the imports, and rules that the code base keeps."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,41 @@ ALLOWED = {
     "typing",
     "typing_extensions",
 }
+#: What Linux has and other systems have not, by the names that Python gives it: for runtime/platform.py alone.
+LINUX_ONLY = {
+    "EFD_CLOEXEC",
+    "EFD_NONBLOCK",
+    "F_ADD_SEALS",
+    "F_GETPIPE_SZ",
+    "F_SETPIPE_SZ",
+    "MFD_CLOEXEC",
+    "MSG_CMSG_CLOEXEC",
+    "O_TMPFILE",
+    "P_PIDFD",
+    "SOCK_CLOEXEC",
+    "SOCK_NONBLOCK",
+    "SO_PEERCRED",
+    "copy_file_range",
+    "epoll",
+    "eventfd",
+    "eventfd_read",
+    "eventfd_write",
+    "memfd_create",
+    "pidfd_open",
+    "pidfd_send_signal",
+    "pipe2",
+    "prctl",
+    "prlimit",
+    "process_cpu_count",
+    "sched_getaffinity",
+    "sched_setaffinity",
+    "sched_yield",
+    "setns",
+    "splice",
+    "timerfd_create",
+    "unshare",
+}
+LINUX_PATHS = ("/proc", "/sys/", "/dev/shm", "libc.so")
 
 
 def imported(path):
@@ -71,6 +107,45 @@ def test_no_sleeps(folder):
     for path in TESTS.joinpath(folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.Attribute) and node.attr == "sleep"), path
+
+
+def linux_only(path):
+    """Return what a file names that only Linux has, in code or in strings that are no docstrings."""
+    found = set()
+    prose = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr):
+            prose.add(node.value)
+        elif isinstance(node, ast.Attribute):
+            found |= {node.attr} & LINUX_ONLY
+            found |= {"EPOLL*"} if node.attr.startswith("EPOLL") else set()
+        elif isinstance(node, ast.Name):
+            found |= {node.id} & LINUX_ONLY
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names} & LINUX_ONLY
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
+            found |= {node.value} & LINUX_ONLY
+            found |= {start for start in LINUX_PATHS if start in node.value}
+    return found
+
+
+def test_what_only_linux_has_stands_in_one_module():
+    """No module but runtime/platform.py names system calls, constants or files that only Linux has."""
+    platform = PACKAGE / "runtime" / "platform.py"
+    assert {"epoll", "eventfd", "memfd_create", "pidfd_open", "pidfd_send_signal", "/proc"} <= linux_only(platform)
+    found = {path.name: linux_only(path) for path in PACKAGE.rglob("*.py") if path != platform}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("name", ["win32", "emscripten"])
+def test_where_it_cannot_run_it_says_so(name):
+    """On Windows importing the package, its command included, fails at once and says why."""
+    for module in ("scaler_executor", "scaler_executor.cli"):
+        program = f"import sys; sys.platform = {name!r}; import {module}"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and last.startswith("ImportError: scaler-executor runs on Linux"), done.stderr
+        assert name in last
 
 
 def test_files_stay_readable():

@@ -148,7 +148,7 @@ class Agent:
         self.poller = select.poll()
         self.poller.register(self.bell.fileno(), select.POLLIN)
         self.poller.register(self.control, select.POLLIN)
-        pidfd = os.pidfd_open(os.getpid())
+        pidfd = platform.watch_self()
         socket.send_fds(
             self.control, [msgspec.msgpack.encode(ForkerSetup(stop_deadline_s))], [self.bell.ring_fd, pidfd]
         )
