@@ -245,6 +245,15 @@ def _fd_numbers() -> list[int]:
     return [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
+def children() -> set[int]:
+    """Return the children of this process, the dead that nobody has reaped among them."""
+    found = set()
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/children") as file:
+            found |= {int(word) for word in file.read().split()}
+    return found
+
+
 def state_of(pid: int) -> str:
     """Return the letter that proc(5) gives for a process's state, "" for none."""
     try:
