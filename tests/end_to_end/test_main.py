@@ -238,3 +238,121 @@ if __name__ == "__main__":
 def test_old_versions_are_forgotten(scene: Scene) -> None:
     """A global that is bound anew before each call is seen each time, and its old versions are not kept."""
     assert scene.client(SHUTDOWN_OF_DEFINITIONS).succeed() == "good\n"
+
+
+FIRST_CALLS = """
+import multiprocessing, threading
+from concurrent.futures import ThreadPoolExecutor
+from scaler_executor import ScalerExecutor
+
+local = threading.local()
+local.value = 1
+
+def use(x):
+    return x, type(local).__name__
+
+if __name__ == "__main__":
+    for _ in range(10):
+        barrier = threading.Barrier(4)
+        with ScalerExecutor(1, multiprocessing.get_context("fork")) as executor, ThreadPoolExecutor(4) as threads:
+            def submit(x):
+                barrier.wait()
+                return executor.submit(use, x).result(60)
+            assert sorted(threads.map(submit, range(4))) == [(x, "_local") for x in range(4)]
+    print("good")
+"""
+
+
+def test_first_calls_of_several_threads(scene: Scene) -> None:
+    """Whoever is first, calls find what workers inherit, also what does not pickle; and nothing is said at the end."""
+    assert scene.client(FIRST_CALLS, flags=("-W", "ignore::DeprecationWarning")).succeed() == "good\n"
+
+
+CHANGED_MEANWHILE = """
+import multiprocessing, threading
+from scaler_executor import ScalerExecutor
+
+class Item:
+    pass
+
+table = {number: Item() for number in range(5000)}
+is_over = threading.Event()
+
+def size():
+    return len(table)
+
+def fill():
+    number = 5000
+    while not is_over.wait(0.0002):
+        table[number] = Item()
+        number += 1
+
+if __name__ == "__main__":
+    with ScalerExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        thread = threading.Thread(target=fill)
+        thread.start()
+        sizes = [executor.submit(size).result(60) for _ in range(20)]
+        is_over.set()
+        thread.join()
+        assert min(sizes) >= 5000, sizes
+    print("good")
+"""
+
+
+def test_global_that_another_thread_fills(scene: Scene) -> None:
+    """A container that changes while it is pickled is there all the same."""
+    assert scene.client(CHANGED_MEANWHILE).succeed() == "good\n"
+
+
+SET_BY_STRING = """
+import multiprocessing
+from scaler_executor import ScalerExecutor
+
+state = None
+
+def load():
+    globals()["state"] = 5
+
+def use():
+    return state
+
+if __name__ == "__main__":
+    with ScalerExecutor(1, multiprocessing.get_context("spawn"), initializer=load) as executor:
+        assert executor.submit(use).result(60) == 5
+    print("good")
+"""
+
+
+def test_what_an_initializer_sets_by_string_stays(scene: Scene) -> None:
+    """A global that a worker has set before the program's own arrives is left alone."""
+    assert scene.client(SET_BY_STRING).succeed() == "good\n"
+
+
+MANY_GLOBALS = """
+import multiprocessing
+from scaler_executor import ScalerExecutor
+
+class Counted:
+    pickled = 0
+    def __reduce__(self):
+        Counted.pickled += 1
+        return bytes, (b"x" * 20_000,)
+
+counted = Counted()
+for number in range(300):
+    exec(f"name_{number} = {number}")
+
+exec("def use(): return len(counted), " + ", ".join(f"name_{number}" for number in range(300)))
+
+if __name__ == "__main__":
+    with ScalerExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        for _ in range(5):
+            assert executor.submit(use).result(60)[:2] == (20_000, 0)
+        assert Counted.pickled <= 2, Counted.pickled
+    print("good")
+"""
+
+
+def test_more_globals_than_are_remembered(scene: Scene) -> None:
+    """A function may need hundreds of globals; a large one is pickled once."""
+    assert scene.client(MANY_GLOBALS).succeed() == "good\n"
