@@ -3,7 +3,7 @@
 import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -63,3 +63,20 @@ def test_importing_is_cheap() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_map_goes_through_a_submit_of_ones_own() -> None:
+    """A map that fails leaves the futures that are done as they are: somebody else may keep them."""
+    made: list[Future[object]] = []
+
+    class Own(ScalerExecutor):
+        def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def, override]
+            made.append(super().submit(fn, *args, **kwargs))
+            return made[-1]
+
+    with Own(1) as executor:
+        with pytest.raises(ZeroDivisionError):
+            list(executor.map(divmod, [1, 1, 1], [1, 0, 1]))
+        wait(made)
+    assert [future.cancelled() for future in made[:2]] == [False, False]
+    assert isinstance(made[1].exception(), ZeroDivisionError)
