@@ -929,8 +929,16 @@ def _end_all_at_exit() -> None:
     managers = list(_MANAGERS.values())
     for manager in managers:
         manager.exit()
+        if interrupted:
+            manager.clear(0)  # all at once, so that the times that calls get to unwind do not add up
+    raised: KeyboardInterrupt | None = None
     for manager in managers:
-        wait_until_ended(manager, interrupted=interrupted)
+        try:
+            wait_until_ended(manager, interrupted=interrupted)
+        except KeyboardInterrupt as error:
+            raised, interrupted = error, True  # it is for all of them
+    if raised is not None:
+        raise raised
 
 
 def _abandon_all_in_child() -> None:

@@ -21,13 +21,12 @@ platform.prepare()
 # The crashes that the tests provoke are nobody's to debug.
 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
-# It is one per process, started when first needed, and stays: it is none of a test's.
-multiprocessing.resource_tracker.ensure_running()
-
 
 @pytest.fixture(autouse=True)
 def scene(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """The test's files and clients; at its end nothing may be left of the processes, threads, descriptors and files."""
+    # It is one per process, started when first needed, and stays: it is none of a test's.
+    multiprocessing.resource_tracker.ensure_running()
     scene = Scene(tmp_path, request.node.name)
     monkeypatch.setattr(tempfile, "tempdir", str(scene.temporary))
     monkeypatch.setenv("TMPDIR", str(scene.temporary))

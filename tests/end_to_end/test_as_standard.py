@@ -353,8 +353,6 @@ def test_as_standard(scene: Scene, start_method: str, case: str) -> None:
     """The program ends with the exit code, the output and the errors that it has with ProcessPoolExecutor."""
     if case == "groups of exceptions" and sys.version_info < (3, 11):
         pytest.skip("there are no groups")
-    if case == "a call that starts a process" and start_method == "fork" and sys.version_info >= (3, 13):
-        pytest.skip("known fault: on Python 3.13 the worker does not wait for it")
     ours = normal(case, run(scene, "scaler", start_method, CASES[case]))
     assert_none_left(scene)
     standard = normal(case, run(scene, "standard", start_method, CASES[case]))
