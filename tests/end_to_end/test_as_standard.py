@@ -331,7 +331,9 @@ with make(1) as executor:
 }
 #: Cases in which the standard library itself complains on standard error, depending on its version: of its fork's exit
 #: hook, of descriptors that another thread has closed, of semaphores that are gone. We are to say nothing.
-NOISY = {"exit of a fork", "many threads shut down", "in a child of multiprocessing"}
+NOISY = {"exit of a fork", "many threads shut down"}
+#: Cases in which ProcessPoolExecutor hangs now and then, up to Python 3.10 at least, and what they are to print.
+HANGING = {"in a child of multiprocessing": Ended(0, "called\n0", "")}
 #: Cases whose lines come from several threads.
 UNORDERED = {"garbage", "pending work at exit"}
 REFUSAL = re.compile("after interpreter shutdown")
@@ -355,6 +357,9 @@ def test_as_standard(scene: Scene, start_method: str, case: str) -> None:
         pytest.skip("there are no groups")
     ours = normal(case, run(scene, "scaler", start_method, CASES[case]))
     assert_none_left(scene)
+    if case in HANGING:
+        assert ours == HANGING[case]
+        return
     standard = normal(case, run(scene, "standard", start_method, CASES[case]))
     if case in NOISY:
         assert ours.stderr == ""
