@@ -106,7 +106,8 @@ class ScalerExecutor(Executor):
             self._client = ClientFutureManager(cluster, cancel_timeout_s=cancel_timeout)
         except BaseException:
             cluster.kill()
-            cluster.join()
+            if not cluster.has_owner:
+                cluster.join()
             raise
         self._client.close_with(self)
 

@@ -105,6 +105,8 @@ class Cluster(Protocol):
     socket: socket.socket
     death_fd: int
     main: MainDefinitions
+    #: Whether a client's thread waits for its end.
+    has_owner: bool
 
     def start(self) -> None:
         """Have workers started from now on. Called once, unless it raises."""
@@ -234,14 +236,19 @@ class ClientFutureManager:
         self._has_called_back = threading.Event()
         self._owner: Any = None
         self._thread = threading.Thread(target=self._run, name="scaler-executor-client", daemon=True)
+        # No Ctrl-C in between: whether the thread has started could not be told.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._thread.start()
+            cluster.has_owner = True
+            _MANAGERS[id(self)] = self
         except BaseException:
             self._bell.close()
             if exiting.has_begun():
                 raise _refuse_at_exit() from None  # no thread can be started any more
             raise
-        _MANAGERS[id(self)] = self
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # Looked at only now: whoever ends all clients at exit saw this one, or had begun before.
         if exiting.has_begun():
             self.exit()

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from scaler_executor.runtime import identity, platform, spawning, surroundings
+from scaler_executor.runtime import platform, spawning, surroundings
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself
@@ -105,6 +105,8 @@ class EmbeddedCluster:
         #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
         self._lock = threading.RLock()
         self._is_over = False
+        #: Whether a client's thread waits for the end: whoever made it does not, then.
+        self.has_owner = False
         self.death_fd = -1
         lifeline: platform.Lifeline | None = None
         placeholders = _fill_standard_descriptors()
@@ -151,6 +153,7 @@ class EmbeddedCluster:
                 os.close(fd)
         self.socket.setblocking(False)
         # Imported now, while serve starts.
+        import scaler_executor.runtime.identity
         from scaler_executor.runtime.namespace import MainDefinitions
 
         #: What of `__main__` workers have, and what they are to be sent.
@@ -171,6 +174,8 @@ class EmbeddedCluster:
                 self._start()
 
     def _start(self) -> None:
+        from scaler_executor.runtime.identity import authkey
+
         if self._forker_socket is not None:
             # First of all: a signal handler's call may ask what is inherited.
             from scaler_executor.runtime.namespace import snapshot
@@ -184,7 +189,7 @@ class EmbeddedCluster:
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "environment": None if os.environ == self._environment else dict(os.environ),
             "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
-            "authkey": identity.authkey(),
+            "authkey": authkey(),
             "initializer_pickle": None,
             "definitions": [],
             "descriptors": 0,
@@ -215,6 +220,7 @@ class EmbeddedCluster:
 
     def _fork_forker(self, inherited_main: dict[str, Any]) -> None:
         from scaler_executor.runtime.forker import fork_forker
+        from scaler_executor.runtime.identity import Identity
         from scaler_executor.runtime.worker import WorkerConfig
 
         control, self._forker_socket = self._forker_socket, None
@@ -225,7 +231,7 @@ class EmbeddedCluster:
                 initargs=self._initargs,
                 inherited_main=inherited_main,
                 signal_handlers=_signal_handlers(),
-                identity=identity.Identity(parent_pid=os.getpid()),
+                identity=Identity(parent_pid=os.getpid()),
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Final
@@ -154,7 +153,7 @@ def _track(call: Callable[[str, str], None], name: str, rtype: str) -> None:
         call(name, rtype)
 
 
-class _OnImport(MetaPathFinder):
+class _OnImport:
     """Has multiprocessing told when it is imported."""
 
     def __init__(self, identity: Identity) -> None:
@@ -165,19 +164,19 @@ class _OnImport(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Telling(spec.loader, self._identity)
+            spec.loader = _Telling(spec.loader, self._identity)  # type: ignore[assignment]
         return spec
 
 
-class _Telling(Loader):
+class _Telling:
     """Another loader, and what is to be said behind it."""
 
-    def __init__(self, loader: Loader, identity: Identity) -> None:
+    def __init__(self, loader: Any, identity: Identity) -> None:
         self._loader = loader
         self._identity = identity
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+        return self._loader.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)

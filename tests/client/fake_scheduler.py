@@ -64,6 +64,7 @@ class FakeScheduler:
         self.on_cancel: Callable[[CancelRow], None] = self.cancels.put
         self.said_bye = threading.Event()
         self.was_killed = threading.Event()
+        self.has_owner = False
         self.was_started = False
         self.joined = False
         self.on_join: Callable[[], Any] = lambda: None
