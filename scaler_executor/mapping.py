@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from scaler_executor.future import ScalerFuture
+from scaler_executor.future import cancel_all
 from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import Payload, ResultKind
 from scaler_executor.runtime.namespace import NO_NEEDS
@@ -103,11 +103,8 @@ def map_by_submit(
                 while values:
                     yield values.pop()
         finally:
-            for future in [future for future in pending if not future.done()]:
-                if isinstance(future, ScalerFuture):
-                    future.cancel(0, force=False)
-                else:
-                    future.cancel()
+            # What is done stays as it is: whoever put that `submit` there may keep it.
+            cancel_all([future for future in pending if not future.done()], 0, force=False)
 
     return results()
 
