@@ -174,14 +174,14 @@ class EmbeddedCluster:
                 self._start()
 
     def _start(self) -> None:
-        from scaler_executor.runtime.identity import authkey
-
         if self._forker_socket is not None:
             # First of all: a signal handler's call may ask what is inherited.
             from scaler_executor.runtime.namespace import snapshot
 
             inherited_main = snapshot()
             self.main.inherit(inherited_main)
+        from scaler_executor.runtime.identity import authkey
+
         config: dict[str, Any] = {
             **self._config,
             "sys_path": [str(entry) for entry in sys.path],
