@@ -496,7 +496,8 @@ class MainReducer:
         return _make_function, arguments, state, None, None, _set_function_state
 
 
-def make_by_value_pickler() -> Any:
+@lru_cache(maxsize=1)
+def _by_value_pickler() -> Any:
     """Return cloudpickle's pickler, taught the same; made when first needed, since it takes long to import."""
     import cloudpickle
 
@@ -590,19 +591,12 @@ def dumps_by_name(
             _by_value_pickler()(file, buffer_callback, policy, names, defined).dump(value)
             return file.getvalue()
     except ImportError:
-        raise (pickle.PicklingError("cloudpickle is not installed") if _is_ours(refused) else refused) from None
+        raise (
+            pickle.PicklingError("cloudpickle is not installed") if isinstance(refused, NeedsCloudpickle) else refused
+        ) from None
     except Exception as error:
         # cloudpickle refuses less: what it names is the real obstacle. C pickle may have stopped at a mere lambda.
         raise error from None
-
-
-def _is_ours(error: Exception) -> bool:
-    return isinstance(error, NeedsCloudpickle)
-
-
-@lru_cache(maxsize=1)
-def _by_value_pickler() -> Any:
-    return make_by_value_pickler()
 
 
 # What the pickles name
