@@ -796,7 +796,7 @@ class ClientFutureManager:
                 future.set_running()
 
     def _on_lost(self, tasks: list[int], reason: str) -> None:
-        killed = msgspec.msgpack.encode(DeathReport("the user killed the workers"))
+        killed = msgspec.msgpack.encode(DeathReport("the user killed the workers")) if self._is_killed else b""
         for no in tasks:
             future = self._futures.pop(no, None)
             if future is not None:

@@ -87,7 +87,7 @@ class Server:
         """Serve until the client is gone and the workers are too."""
         self._loop.run(self._next_deadline, self._on_deadline, self._exchange, self._may_spin)
         self._agent.close()
-        _reap_forkers()
+        _wait_for_forkers()
 
     # Between scheduler and agent
 
@@ -250,7 +250,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
 _forkers: list[int] = []
 
 
-def _reap_forkers() -> None:
+def _wait_for_forkers() -> None:
     """Wait until they have ended, which they do when they are let go: or they would outlive this process a little."""
     deadline = monotonic() + FORKER_END_S
     for pid in _forkers:
