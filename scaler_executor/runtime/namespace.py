@@ -591,9 +591,9 @@ def dumps_by_name(
             _by_value_pickler()(file, buffer_callback, policy, names, defined).dump(value)
             return file.getvalue()
     except ImportError:
-        raise (
-            pickle.PicklingError("cloudpickle is not installed") if isinstance(refused, NeedsCloudpickle) else refused
-        ) from None
+        if isinstance(refused, NeedsCloudpickle):
+            raise pickle.PicklingError("cloudpickle is not installed") from None
+        raise refused from None
     except Exception as error:
         # cloudpickle refuses less: what it names is the real obstacle. C pickle may have stopped at a mere lambda.
         raise error from None
