@@ -38,6 +38,9 @@ ITEM: Final = 2
 STOP: Final = 3
 #: The call that is to be stopped softly. Written by the forker before it signals.
 INTERRUPT: Final = 4
+#: INTERRUPT as the worker's handler last found it: a signal that comes right before a system call does not end it, and
+#: its handler runs when something else does. Written by the worker.
+HEARD: Final = 9
 #: 1 after the worker rang the bell, until the agent has read its pipe. Tells which of many workers rang.
 RANG: Final = 5
 

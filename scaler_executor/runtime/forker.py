@@ -22,7 +22,7 @@ import socket
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any, Final, NoReturn
@@ -43,14 +43,17 @@ from scaler_executor.protocol.messages import (
     WorkerForkFailed,
     WorkerFrozen,
 )
-from scaler_executor.protocol.page import CURRENT, DONE, INTERRUPT, ITEM, STOP, slot
+from scaler_executor.protocol.page import CURRENT, DONE, HEARD, INTERRUPT, ITEM, STOP, slot
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.worker import WorkerConfig, worker_main
+from scaler_executor.runtime.worker import NUDGE, WorkerConfig, worker_main
 
 PIPE_BYTES: Final = 1 << 20
 MAX_PACKET_BYTES: Final = 1 << 17
 #: A stop takes some 10 us when a CPU is free: so long the loop looks again at once.
 SPIN_S: Final = 0.0002
+#: Pauses before the nudges of a worker that has not heard an interrupt. Each one can be missed as the interrupt was, by
+#: a hair's breadth; a handler of the user's own, which does not tell that it has heard, is not pestered for ever.
+NUDGE_PAUSES_S: Final = tuple(0.005 * 2**number for number in range(8))
 #: How long the workers' groups may take to die when the forker itself is to end.
 END_DEADLINE_S: Final = 2.0
 #: Signals that report a fault of the process itself. A fault handler that the user enabled stays.
@@ -81,6 +84,9 @@ class _Worker:
     pause_s: float = 0.0
     #: When it counts as stuck; None: it need not do anything, or it has been reported already.
     stuck_at: float | None = None
+    #: When to nudge it (monotonic), and the pauses before the nudges after that; None: it has heard, or need not.
+    nudge_at: float | None = None
+    nudge_pauses_s: Iterator[float] = field(default_factory=lambda: iter(()))
 
 
 class Forker:
@@ -173,6 +179,8 @@ class Forker:
             worker.page[INTERRUPT] = message.seq
             _take_back(worker.page, message.seq)
             platform.signal_child(worker.pidfd, worker.pid, signal.SIGINT)
+            worker.nudge_pauses_s = iter(NUDGE_PAUSES_S)
+            self._nudge_later(worker)
         elif isinstance(message, FreezeWorker):
             self._freeze(worker, message)
         elif isinstance(message, KillWorker):
@@ -306,8 +314,22 @@ class Forker:
         worker.look_at = now + worker.pause_s
         worker.stuck_at = now + self._stop_deadline_s
 
+    def _nudge_later(self, worker: _Worker) -> None:
+        pause_s = next(worker.nudge_pauses_s, None)
+        worker.nudge_at = None if pause_s is None else monotonic() + pause_s
+
+    def _nudge(self, worker: _Worker) -> None:
+        """End the system call in which the worker is, if it has not heard the interrupt."""
+        page = worker.page
+        if worker.exited is not None or worker.killed or page[HEARD] == page[INTERRUPT]:
+            worker.nudge_at = None
+            return
+        platform.signal_child(worker.pidfd, worker.pid, NUDGE)
+        self._nudge_later(worker)
+
     def _timeout_s(self) -> float | None:
-        times = [worker.look_at for worker in self._workers.values() if worker.look_at is not None]
+        workers = self._workers.values()
+        times = [due for worker in workers for due in (worker.look_at, worker.nudge_at) if due is not None]
         if not times:
             return platform.RESERVE_S
         left_s = max(0.0, min(times) - monotonic())
@@ -316,6 +338,8 @@ class Forker:
     def _look_again(self) -> None:
         """Look at the workers of which something is awaited and whose time has come."""
         for worker in list(self._workers.values()):
+            if worker.nudge_at is not None and worker.nudge_at <= monotonic():
+                self._nudge(worker)
             if worker.look_at is None or worker.look_at > monotonic():
                 continue
             self._progress(worker)

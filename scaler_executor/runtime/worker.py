@@ -31,6 +31,7 @@ from scaler_executor.protocol.page import (
     CURRENT,
     DONE,
     HEADER_WORDS,
+    HEARD,
     INTERRUPT,
     ITEM,
     PENDING,
@@ -72,6 +73,8 @@ RING_INTERVAL_S: Final = 0.005
 MAX_RANGE_VALUE_BYTES: Final = 4096
 #: More of an initializer's traceback than this helps nobody.
 MAX_START_ERROR_BYTES: Final = 1 << 15
+#: Ends a system call and does nothing else. Ignored where it has no handler, as in a program that a call started.
+NUDGE: Final = signal.SIGURG
 
 _dumps = pickle.dumps
 _loads = pickle.loads
@@ -159,6 +162,7 @@ class Worker:
         """Become a process fit for user code and run the initializer."""
         config = self._config
         signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(NUDGE, _on_nudge)
         os.register_at_fork(after_in_child=self._after_fork)
         os.set_blocking(self._pipe_fd, False)
         self._socket.setblocking(True)
@@ -485,10 +489,10 @@ class Worker:
         The forker writes the call's number before it signals. Another number than the armed one: the signal is late. No
         number at all: the user's own code signalled itself.
         """
+        target = self._page[HEARD] = self._page[INTERRUPT]
         armed = self._armed
         if not armed:
             return
-        target = self._page[INTERRUPT]
         if target == armed:
             self._armed = 0
             self._was_interrupted = True
@@ -523,6 +527,11 @@ class Worker:
             code = 1
         _flush_streams()
         os._exit(code & 0xFF)
+
+
+def _on_nudge(number: int, frame: FrameType | None) -> None:
+    """Handle NUDGE: nothing is left to do. It has ended the system call in which the process was, so that the
+    handler of a signal that came before has run."""
 
 
 def _flush_streams() -> None:

@@ -82,6 +82,14 @@ def unwind(index: int) -> None:
         journal[index] = 7
 
 
+def read_through_signals() -> None:
+    """Stand in a system call that the kernel takes up again after a SIGINT."""
+    signal.siginterrupt(signal.SIGINT, False)
+    reading, _ = os.pipe()
+    journal[BEGUN] = 1
+    os.read(reading, 1)
+
+
 def swallow() -> str:
     """Survive a soft stop."""
     try:
@@ -142,6 +150,18 @@ def test_soft_stop_unwinds(agent: Agent) -> None:
     assert worker.answers() == [(RECORD_UNWOUND, seq, 0, b"")]
     assert worker.exited is not None and worker.exited.exit_code == 0
     assert (journal[5], journal[6]) == (7, 0) and after == 2
+
+
+def test_unheard_soft_stop_is_repeated(agent: Agent) -> None:
+    """A signal that does not end the system call in which the call is, as one that comes right before it, is heard all
+    the same."""
+    worker = agent.fork()
+    seq = worker.call(read_through_signals)
+    begun(agent)
+    agent.wait(lambda: state_of(worker.pid) == "S")
+    agent.tell(InterruptWorker(1, seq))
+    agent.wait(lambda: worker.exited is not None)
+    assert worker.answers() == [(RECORD_UNWOUND, seq, 0, b"")]
 
 
 def test_swallowed_interrupt_is_a_value(agent: Agent) -> None:
