@@ -712,6 +712,8 @@ class WorkerMain:
         self._versions: dict[str, int] = {}
         #: {name: (version, payload)} of what is to be taken before the next call.
         self.pending: dict[str, tuple[int, Payload]] = {}
+        #: {name: (version, payload, what it was bound to)} of what is being taken; None for the second time.
+        self._taking: dict[str, tuple[int, Payload, Any] | None] = {}
         #: {name: why it is not there}
         self._missing: dict[str, str] = {}
         #: {class name: its attributes as they came}
@@ -746,13 +748,18 @@ class WorkerMain:
             return  # a call has set it here, by a way that we do not see
         self._missing.pop(name, None)
         set_here = self._attributes_set_here(name, before)
+        self._taking[name] = None if name in self._taking else (version, payload, before)
         try:
-            value = _DefinitionUnpickler(self, payload).load()
+            value = _DefinitionUnpickler(self, payload, name, version).load()
         except KeyboardInterrupt:
             self.pending[name] = (version, payload)
             raise
+        except _TakenMeanwhile:
+            return
         except BaseException as error:
             value = Unsendable(f"it cannot be unpickled here: {type(error).__name__}: {error}")
+        finally:
+            self._taking.pop(name, None)
         self._versions[name] = version
         if type(value) is Unsendable:
             self._missing[name] = value.reason
@@ -764,6 +771,22 @@ class WorkerMain:
                 for attribute, content in set_here.items():
                     setattr(value, attribute, content)
             self._attributes[name] = dict(value.__dict__)
+
+    def resolve_needed(self, name: str) -> None:
+        """Take a definition that another one names, if it is not there yet."""
+        taking = self._taking.get(name)
+        if taking is not None:
+            # Each needs the other, as a class and its base that lists its subclasses. The base is bound by now, without
+            # the list, and the class can be made of it; the first attempt, which waits for the base, is given up.
+            version, payload, before = taking
+            if main_dict().get(name, _ABSENT) is before and not self.has_taken(name, version):
+                self.pending[name] = (version, payload)
+        if name in self.pending:
+            self.resolve(name)
+
+    def has_taken(self, name: str, version: int) -> bool:
+        """Tell whether a definition is here, or a newer one."""
+        return self._versions.get(name, 0) >= version
 
     def find(self, value: Any) -> str | None:
         """As `Names.find`: what came from the client, or was inherited, and is still bound to its name."""
@@ -793,18 +816,24 @@ class WorkerMain:
         return {key: content for key, content in value.__dict__.items() if key in came and came[key] is not content}
 
 
+class _TakenMeanwhile(Exception):
+    """Ends the unpickling of a definition that was taken while it waited for another one."""
+
+
 class _DefinitionUnpickler(pickle.Unpickler):
     """Resolves pending names where it comes to them, so that their order does not matter."""
 
-    def __init__(self, main: WorkerMain, payload: Payload) -> None:
+    def __init__(self, main: WorkerMain, payload: Payload, name: str, version: int) -> None:
         data, *buffers = payload.buffers if isinstance(payload, Frames) else [payload]
         super().__init__(io.BytesIO(data), buffers=buffers)
         self._main = main
+        self._name = name
+        self._version = version
 
     def find_class(self, module: str, name: str) -> Any:
         """As pickle.Unpickler."""
         if module == "__main__":
-            top = name.partition(".")[0]
-            if top in self._main.pending:
-                self._main.resolve(top)
+            self._main.resolve_needed(name.partition(".")[0])
+            if self._main.has_taken(self._name, self._version):
+                raise _TakenMeanwhile
         return super().find_class(module, name)

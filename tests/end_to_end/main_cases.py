@@ -542,6 +542,60 @@ def case_hook_for_subclasses():
     assert call(get_plugins) == ("SomePlugin", ["some"])
 
 
+class Vehicle:
+    kinds = []
+    descriptions = {}
+
+    def __init_subclass__(cls):
+        Vehicle.kinds.append(cls)
+        Vehicle.descriptions[cls] = cls.describe
+
+
+class Bike(Vehicle):
+    wheels = 2
+
+    def describe(self):
+        return self.wheels, Car.wheels
+
+
+class Car(Vehicle):
+    wheels = 4
+
+    def describe(self):
+        return self.wheels, Van.wheels
+
+
+class Van(Car):
+    wheels = 6
+
+
+def describe_vehicles():
+    assert all(globals()[kind.__name__] is kind and issubclass(kind, Vehicle) for kind in Vehicle.kinds)
+    return [Vehicle.descriptions[kind](kind()) for kind in Vehicle.kinds]
+
+
+def case_class_that_lists_its_subclasses():
+    global Vehicle, Car
+    assert call(Bike().describe) == (2, 4)
+    assert call(describe_vehicles) == [(2, 4), (4, 6), (6, 6)]
+    assert [type(call(kind)) for kind in Vehicle.kinds] == [Bike, Car, Van]
+
+    class Vehicle:
+        kinds = []
+        descriptions = {}
+
+        def __init_subclass__(cls):
+            Vehicle.kinds.append(cls)
+            Vehicle.descriptions[cls] = lambda vehicle: vehicle.wheels
+
+    class Car(Vehicle):
+        wheels = 3
+
+    Vehicle.__qualname__, Car.__qualname__ = "Vehicle", "Car"
+    assert call(describe_vehicles) == [3]
+    assert type(call(Car)) is Car
+
+
 class Slots:
     __slots__ = ("a",)
 
