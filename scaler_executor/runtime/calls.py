@@ -24,7 +24,7 @@ from typing import Any, Final
 from scaler_executor.errors import RemoteError
 from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import Frames, Payload
-from scaler_executor.runtime.namespace import Names, dumps_by_name
+from scaler_executor.runtime.namespace import Names, dumps_by_name, finds_by_name
 
 PROTOCOL: Final = 5
 #: Values of exactly these types hold no reference to anything mutable, and pickle without running code of the user's.
@@ -148,16 +148,7 @@ class CallPickler:
 
     def finds_by_name(self, function: Any) -> bool:
         """Tell whether a function or class is found by its module and qualified name, here and on the other side."""
-        module_name = getattr(function, "__module__", None)
-        module = sys.modules.get(module_name) if isinstance(module_name, str) else None
-        if module is None:
-            return False
-        if module_name == "__main__":
-            return self._main.find(function) is not None
-        found: Any = module
-        for name in function.__qualname__.split("."):
-            found = getattr(found, name, None)
-        return found is function
+        return finds_by_name(self._main, function)
 
     def _dumps(
         self, value: Any, keep_in_band: Callable[[Any], bool] | None, buffers: list[Any], names: set[str] | None

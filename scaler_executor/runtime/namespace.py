@@ -10,6 +10,9 @@ When a global gets a new version: when another object is bound to its name; when
 (its pickle is compared); of a class, when its methods, bases or attributes were set anew. An attribute that the worker
 has set itself since stays as the worker set it.
 
+What holds the state of one process is each worker's own, as if the worker had imported the program: a lock, a context
+variable (with its default), a `threading.local`, a weak container, which keeps no entry but functions and classes.
+
 What a worker inherited by fork, it has: such a name is sent only once another object is bound to it.
 
 This module knows pickles and names. When a definition is sent to whom is decided where functions are (`functions`,
@@ -42,6 +45,9 @@ _ATOMS: Final = frozenset({int, float, str, bytes, bool, type(None), complex, ra
 _LRU_WRAPPER: Final = type(lru_cache(maxsize=None)(len))
 _SINGLE_DISPATCH: Final = functools.singledispatch(len).__code__  # type: ignore[attr-defined]
 _LOCKS: Final = {type(threading.Lock()): "Lock", type(threading.RLock()): "RLock"}
+_TAKES_ANY_ARGUMENTS: Final = 0x04 | 0x08  # CO_VARARGS, CO_VARKEYWORDS
+#: In a longer one no registry of functions and classes is looked for: it is a cache.
+_MAX_WEAK_ENTRIES: Final = 1024
 #: Values that `dataclasses` compares by identity.
 _DATACLASS_MARKS: Final = (
     "MISSING",
@@ -292,6 +298,20 @@ def find_in(main: dict[str, Any], value: Any) -> str | None:
     return top if found is value else None
 
 
+def finds_by_name(policy: Names, value: Any) -> bool:
+    """Tell whether a function or class is found by its module and qualified name, here and on the other side."""
+    module_name = getattr(value, "__module__", None)
+    module = sys.modules.get(module_name) if isinstance(module_name, str) else None
+    if module is None:
+        return False
+    if module_name == "__main__":
+        return policy.find(value) is not None
+    found: Any = module
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is value
+
+
 def _content(value: Any) -> Any:
     """Return what is equal as long as a pickle of `value` would surely be the same, None where nothing cheap is."""
     kind = type(value)
@@ -467,14 +487,46 @@ class MainReducer:
             return reduced
         if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value:
             return _import_module, (value.__name__,)
-        if self._defined is not _ABSENT and kind in _LOCKS:
-            return _make_lock, (_LOCKS[kind],)
+        if self._defined is not _ABSENT:
+            reduced = self._reduce_made_anew(kind, value)
+            if reduced is not NotImplemented:
+                return reduced
         if kind.__module__ == "dataclasses":
             marks = sys.modules["dataclasses"].__dict__
             for mark in _DATACLASS_MARKS:
                 if marks.get(mark) is value:
                     return _dataclass_mark, (mark,)
         return otherwise(value)
+
+    def _reduce_made_anew(self, kind: type, value: Any) -> Any:
+        """Reduce what holds the state of one process: each has its own, as if it had run the program itself."""
+        if kind in _LOCKS:
+            return _make_lock, (_LOCKS[kind],)
+        if issubclass(kind, threading.local):
+            return (kind, ()) if _is_made_without_arguments(kind) else NotImplemented
+        if kind is weakref.WeakSet:
+            return kind, ([item for item in self._weak_entries(value, iter) if self._stays(item)],)
+        if kind is weakref.WeakKeyDictionary or kind is weakref.WeakValueDictionary:
+            weak = 0 if kind is weakref.WeakKeyDictionary else 1
+            entries = self._weak_entries(value, kind.items)
+            return kind, (), None, None, iter([entry for entry in entries if self._stays(entry[weak])])
+        if kind.__name__ == "ContextVar" and kind.__module__ in ("_contextvars", "contextvars"):
+            return _make_context_variable, (value.name, *_default_of(value))
+        return NotImplemented
+
+    def _weak_entries(self, container: Any, entries: Callable[[Any], Iterable[Any]]) -> list[Any]:
+        if len(container) > _MAX_WEAK_ENTRIES:
+            return []
+        while True:
+            try:
+                return list(entries(container))
+            except RuntimeError:
+                pass  # "changed size during iteration": another thread fills it
+
+    def _stays(self, value: Any) -> bool:
+        """Tell whether a weak container keeps this on the other side: modules hold their functions and classes there;
+        of any other value it would get a copy that nothing holds."""
+        return isinstance(value, (type, FunctionType)) and finds_by_name(self._policy, value)
 
     def _reduce_function(self, function: FunctionType) -> Any:
         """Reduce a function of `__main__` to its code; the names in it mean the other side's globals."""
@@ -518,6 +570,30 @@ def _by_value_pickler() -> Any:
             return self._reducer.reduce(value, super().reducer_override)
 
     return ByValuePickler
+
+
+def _is_made_without_arguments(cls: Any) -> bool:
+    """Tell whether all instances of a `threading.local` were made alike, and do not pickle by a way of their own."""
+    for name in ("__new__", "__reduce_ex__", "__reduce__", "__getstate__"):
+        if getattr(cls, name, None) is not getattr(threading.local, name, None):
+            return False
+    if cls in copyreg.dispatch_table:
+        return False
+    init = cls.__init__
+    if type(init) is not FunctionType:
+        return init is threading.local.__init__
+    code = init.__code__
+    return code.co_argcount == 1 and not code.co_kwonlyargcount and not code.co_flags & _TAKES_ANY_ARGUMENTS
+
+
+def _default_of(variable: Any) -> tuple[Any, ...]:
+    """Return the default of a context variable, in a tuple; () if it has none."""
+    from contextvars import Context
+
+    try:
+        return (Context().run(variable.get),)
+    except LookupError:
+        return ()
 
 
 def _as_made_here(cls: type, reduced: Any) -> Any:
@@ -682,6 +758,12 @@ def _make_single_dispatch(default: Any, others: list[tuple[type, Any]]) -> Any:
 
 def _make_lock(kind: str) -> Any:
     return getattr(threading, kind)()
+
+
+def _make_context_variable(name: str, *default: Any) -> Any:
+    from contextvars import ContextVar
+
+    return ContextVar(name, default=default[0]) if default else ContextVar(name)
 
 
 def _import_module(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import traceback
 import typing
+import weakref
 
 import numpy as np
 
@@ -252,6 +254,198 @@ def case_lock():
 
 
 open_file = tempfile.TemporaryFile()  # noqa: SIM115
+request = contextvars.ContextVar("request", default=("none", 0))
+user = contextvars.ContextVar("user")
+
+
+class Logged:
+    level = contextvars.ContextVar("level", default=3)
+
+
+def use_context_variables():
+    assert request.name == "request" and user.name == "user"
+    assert request.get() == ("none", 0) and user.get("nobody") == "nobody" and Logged.level.get() == 3
+    token = request.set(("some", 1))
+    changed = request.get()
+    request.reset(token)
+    return changed, request.get()
+
+
+def set_user(name):
+    before = user.get("nobody")
+    user.set(name)
+    return before
+
+
+def get_user():
+    return user.get("nobody")
+
+
+def case_context_variables():
+    request.set(("what the client has", 9))
+    assert call(use_context_variables) == (("some", 1), ("none", 0))
+    assert [call(set_user, "Ann"), call(set_user, "Bob"), call(get_user)] == ["nobody", "Ann", "Bob"]
+    assert get_user() == "nobody"
+
+
+scratch = threading.local()
+
+
+class Scratch(threading.local):
+    def __init__(self):
+        self.items = []
+
+
+class Sized(threading.local):
+    def __init__(self, size=1):
+        self.size = size
+
+
+class Reduced(threading.local):
+    size = 0
+
+    def __reduce__(self):
+        return make_reduced, (self.size,)
+
+
+def make_reduced(size):
+    made = Reduced()
+    made.size = size
+    return made
+
+
+typed_scratch, sized, reduced = Scratch(), Sized(5), make_reduced(6)
+
+
+def use_thread_locals():
+    scratch.calls = getattr(scratch, "calls", 0) + 1
+    typed_scratch.items.append(1)
+    thread = threading.Thread(target=lambda: seen.append((hasattr(scratch, "calls"), typed_scratch.items)))
+    seen = []
+    thread.start()
+    thread.join()
+    return scratch.calls, len(typed_scratch.items), type(typed_scratch) is Scratch, seen
+
+
+def use_sized():
+    return sized.size
+
+
+def use_reduced():
+    return reduced.size
+
+
+def case_thread_locals():
+    assert [call(use_thread_locals) for _ in range(2)] == [(n, n, True, [(False, [])]) for n in (1, 2)]
+    assert call(use_reduced) == 6
+    if IS_INHERITED:
+        assert call(use_sized) == 5
+    else:
+        assert_missing("sized", use_sized)
+
+
+class Node:
+    known = weakref.WeakSet()
+    by_name = weakref.WeakValueDictionary()
+
+    def __init__(self, name):
+        self.name = name
+        self.known.add(self)
+        self.by_name[name] = self
+
+
+nodes = weakref.WeakSet()
+notes = weakref.WeakKeyDictionary()
+kept = []
+client_node = Node("client's")
+client_node.file = open_file
+nodes.add(client_node)
+notes[client_node] = 1
+
+
+def use_weak_containers(name, is_kept):
+    node = Node(name)
+    nodes.add(node)
+    notes[node] = len(notes)
+    assert node in Node.known and Node.by_name[name] is node and node in nodes
+    if is_kept:
+        kept.append(node)
+    del node
+    return sorted(Node.by_name), len(Node.known), len(nodes), len(notes)
+
+
+def case_weak_containers():
+    inherited = ["client's"] if IS_INHERITED else []
+    many = len(inherited)
+    assert call(use_weak_containers, "a", True) == (["a", *inherited], *[1 + many] * 3)
+    another = Node("another of the client's")  # does not empty those of the worker
+    nodes.add(another)
+    assert call(use_weak_containers, "b", True) == (["a", "b", *inherited], *[2 + many] * 3)
+    assert call(use_weak_containers, "c", False) == (["a", "b", *inherited], *[2 + many] * 3)
+
+
+class Shape:
+    kinds = weakref.WeakValueDictionary()
+    subclasses = weakref.WeakSet()
+
+    def __init_subclass__(cls):
+        Shape.kinds[cls.__name__] = cls
+        Shape.subclasses.add(cls)
+
+
+class Circle(Shape):
+    pass
+
+
+class Square(Shape):
+    pass
+
+
+corners = weakref.WeakKeyDictionary({Circle: 0, Square: 4})
+
+
+def use_registries():
+    found = Shape.kinds["Circle"] is Circle and set(Shape.subclasses) == {Circle, Square}
+    return found, corners[Square], type(Shape.kinds["Square"]()) is Square
+
+
+def case_weak_registries_of_classes():
+    client_shape = Shape()
+    Shape.kinds["client's"] = client_shape
+    assert call(use_registries) == (True, 4, True)
+
+
+def remember(function):
+    results, own, depth = weakref.WeakKeyDictionary(), threading.local(), contextvars.ContextVar("depth", default=0)
+
+    @functools.wraps(function)
+    def wrapper(key):
+        own.calls = getattr(own, "calls", 0) + 1
+        depth.set(depth.get() + 1)
+        if key not in results:
+            results[key] = function(key)
+        return results[key], own.calls, depth.get()
+
+    return wrapper
+
+
+@remember
+def name_of(cls):
+    return cls.__name__
+
+
+def case_such_values_in_closures():
+    assert [call(name_of, Circle), call(name_of, Circle)] == [("Circle", 1, 1), ("Circle", 2, 2)]
+
+
+def case_such_values_as_arguments():
+    for value in (lock, request, scratch, typed_scratch, notes, Node.by_name):
+        try:
+            call(type, value)
+        except TypeError as error:
+            assert "pickle" in str(error), error
+        else:
+            raise AssertionError(f"{value!r} was sent")
 
 
 def use_file(really):
@@ -267,11 +461,15 @@ def case_globals_that_cannot_be_sent():
     if IS_INHERITED:
         assert call(use_file, True) == open_file.name
         return
+    assert_missing("open_file", use_file, True)
+
+
+def assert_missing(name, function, *args):
     try:
-        call(use_file, True)
+        call(function, *args)
     except NameError as error:
         told = str(getattr(error, "__notes__", "")) + str(error)
-        assert "open_file" in told and "could not be sent" in told, told
+        assert name in told and "could not be sent" in told, told
     else:
         raise AssertionError("no NameError")
 

@@ -245,11 +245,10 @@ import multiprocessing, threading
 from concurrent.futures import ThreadPoolExecutor
 from scaler_executor import ScalerExecutor
 
-local = threading.local()
-local.value = 1
+numbers = (x for x in range(3))
 
 def use(x):
-    return x, type(local).__name__
+    return x, type(numbers).__name__
 
 if __name__ == "__main__":
     for _ in range(10):
@@ -258,7 +257,7 @@ if __name__ == "__main__":
             def submit(x):
                 barrier.wait()
                 return executor.submit(use, x).result(60)
-            assert sorted(threads.map(submit, range(4))) == [(x, "_local") for x in range(4)]
+            assert sorted(threads.map(submit, range(4))) == [(x, "generator") for x in range(4)]
     print("good")
 """
 
