@@ -4,7 +4,7 @@ This module knows how values become payloads and payloads values. It does not kn
 run what. Unpickling runs code of the peer's choosing: only the user's own process and its workers import this module.
 
 The C pickler goes first. What it refuses (lambdas, closures, local classes) and what names `__main__` goes through the
-picklers of `namespace`, which import cloudpickle only for what they cannot do by themselves.
+picklers of `namespace_pickles`, which import cloudpickle only for what they cannot do by themselves.
 
 A run of items travels as the pickle of (form, items), see `RunForm`. The results of a run come back as pickles one
 behind the other.
@@ -24,7 +24,8 @@ from typing import Any, Final
 from scaler_executor.errors import RemoteError
 from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import Frames, Payload
-from scaler_executor.runtime.namespace import Names, dumps_by_name, finds_by_name
+from scaler_executor.runtime.namespace_names import Names, finds_by_name
+from scaler_executor.runtime.namespace_pickles import dumps_by_name
 
 PROTOCOL: Final = 5
 #: Values of exactly these types hold no reference to anything mutable, and pickle without running code of the user's.
@@ -193,7 +194,7 @@ class CallPickler:
 
 
 def _is_special(data: bytes) -> bool:
-    """Tell whether a pickle may name what C pickle alone does not do right: see `namespace`."""
+    """Tell whether a pickle may name what C pickle alone does not do right: see `namespace_pickles`."""
     return b"__main__" in data or b"multiprocessing." in data
 
 

@@ -63,7 +63,7 @@ from scaler_executor.runtime.calls import (
     loads_value,
 )
 from scaler_executor.runtime.identity import Identity, run_as_process
-from scaler_executor.runtime.namespace import WorkerMain
+from scaler_executor.runtime.namespace_worker import WorkerMain
 from scaler_executor.runtime.platform import Bell, name_process, range_buffer
 from scaler_executor.runtime.transport import StreamReader
 
@@ -92,7 +92,7 @@ class WorkerConfig:
     initializer_pickle: bytes | None = None
     #: The definitions that it needs: (name, version, buffers of the pickle).
     definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
-    #: See `namespace.WorkerMain`; None unless the workers are forks of the user's process.
+    #: See `namespace_worker.WorkerMain`; None unless the workers are forks of the user's process.
     inherited_main: dict[str, Any] | None = None
     #: {number: handler}, set in each worker: the forker has none of the user's.
     signal_handlers: dict[int, Any] = field(default_factory=dict)
