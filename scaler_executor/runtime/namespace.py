@@ -40,7 +40,7 @@ from typing import Any, Final, NamedTuple
 
 from scaler_executor.protocol.messages import Frames, Payload
 from scaler_executor.runtime.namespace_making import Unsendable
-from scaler_executor.runtime.namespace_names import Names, _names_reached, find_in, main_dict
+from scaler_executor.runtime.namespace_names import Names, find_in, main_dict, names_reached
 from scaler_executor.runtime.namespace_pickles import PROTOCOL, dumps_by_name
 
 #: The content of larger definitions is not compared: they are sent again when another object is bound to the name.
@@ -175,7 +175,7 @@ class MainDefinitions:
         while True:
             known = self._known.get(name)
             if known is None and _is_held(self._inherited.get(name, _ABSENT), value):
-                definition = Definition(name, _hold(value), b"", frozenset(_names_reached(value)), None, True)
+                definition = Definition(name, _hold(value), b"", frozenset(names_reached(value)), None, True)
             elif known is not None and self._is_current(known, value):
                 return known
             else:

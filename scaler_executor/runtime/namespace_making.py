@@ -28,13 +28,13 @@ class EmptyCell:
     """Stands for the content of a cell that has none."""
 
 
-def _make_function(code: bytes, name: str, cells: int) -> FunctionType:
+def make_function(code: bytes, name: str, cells: int) -> FunctionType:
     main = main_dict()
     main.setdefault("__builtins__", __builtins__)
     return FunctionType(marshal.loads(code), main, name, None, tuple(CellType() for _ in range(cells)))
 
 
-def _set_function_state(function: FunctionType, state: tuple[Any, ...]) -> None:
+def set_function_state(function: FunctionType, state: tuple[Any, ...]) -> None:
     qualname, module, doc, defaults, kwdefaults, annotations, attributes, type_params, contents = state
     function.__qualname__ = qualname
     function.__module__ = module
@@ -50,12 +50,12 @@ def _set_function_state(function: FunctionType, state: tuple[Any, ...]) -> None:
             cell.cell_contents = content
 
 
-def _make_bound(name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def make_bound(name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     value = main_dict()[name] = make(*arguments)
     return value
 
 
-def _make_class(make: Callable[..., type], *arguments: Any) -> type:
+def make_class(make: Callable[..., type], *arguments: Any) -> type:
     """Make a class as cloudpickle does, but without `__init_subclass__` of its bases."""
     bases = [base for base in arguments[2] if isinstance(base, type)]
     hooks = {
@@ -74,37 +74,37 @@ def _make_class(make: Callable[..., type], *arguments: Any) -> type:
 
 
 def _ignore_subclass(cls: Any, /, **options: Any) -> None:
-    """Do nothing: see `_make_class`."""
+    """Do nothing: see `make_class`."""
 
 
-def _make_lru_cache(function: Any, parameters: dict[str, Any]) -> Any:
+def make_lru_cache(function: Any, parameters: dict[str, Any]) -> Any:
     return lru_cache(**parameters)(function)
 
 
-def _make_single_dispatch(default: Any, others: list[tuple[type, Any]]) -> Any:
+def make_single_dispatch(default: Any, others: list[tuple[type, Any]]) -> Any:
     function = functools.singledispatch(default)
     for cls, implementation in others:
         function.register(cls, implementation)
     return function
 
 
-def _make_lock(kind: str) -> Any:
+def make_lock(kind: str) -> Any:
     return getattr(threading, kind)()
 
 
-def _make_context_variable(name: str, *default: Any) -> Any:
+def make_context_variable(name: str, *default: Any) -> Any:
     from contextvars import ContextVar
 
     return ContextVar(name, default=default[0]) if default else ContextVar(name)
 
 
-def _import_module(name: str) -> Any:
+def import_module(name: str) -> Any:
     import importlib
 
     return importlib.import_module(name)
 
 
-def _dataclass_mark(name: str) -> Any:
+def dataclass_mark(name: str) -> Any:
     import dataclasses
 
     return getattr(dataclasses, name)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any, Final, Protocol
 
-_LRU_WRAPPER: Final = type(lru_cache(maxsize=None)(len))
+LRU_WRAPPER: Final = type(lru_cache(maxsize=None)(len))
 
 
 def main_dict() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def finds_by_name(policy: Names, value: Any) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _global_names(code: CodeType) -> frozenset[str]:
+def global_names(code: CodeType) -> frozenset[str]:
     """Return the globals that code names, also in the functions and classes that it defines."""
     import dis
 
@@ -63,11 +63,11 @@ def _global_names(code: CodeType) -> frozenset[str]:
     }
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _global_names(constant)
+            names |= global_names(constant)
     return frozenset(names)
 
 
-def _names_reached(value: Any, depth: int = 4) -> set[str]:
+def names_reached(value: Any, depth: int = 4) -> set[str]:
     """Return the globals that functions name which `value` is, wraps or has as methods."""
     names: set[str] = set()
     if depth == 0:
@@ -76,7 +76,7 @@ def _names_reached(value: Any, depth: int = 4) -> set[str]:
     parts: list[Any] = []
     if kind is FunctionType:
         if value.__globals__ is main_dict():
-            names |= _global_names(value.__code__)
+            names |= global_names(value.__code__)
         for cell in value.__closure__ or ():
             try:
                 parts.append(cell.cell_contents)
@@ -91,12 +91,12 @@ def _names_reached(value: Any, depth: int = 4) -> set[str]:
         parts.append(value.__func__)
     elif kind is property:
         parts += [value.fget, value.fset, value.fdel]
-    elif kind is _LRU_WRAPPER:
+    elif kind is LRU_WRAPPER:
         parts.append(value.__wrapped__)
     elif kind is functools.partial:
         parts += [value.func, *value.args, *value.keywords.values()]
     elif getattr(kind, "__module__", None) == "__main__":
         parts.append(kind)
     for part in parts:
-        names |= _names_reached(part, depth - 1)
+        names |= names_reached(part, depth - 1)
     return names

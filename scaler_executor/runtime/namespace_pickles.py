@@ -22,18 +22,18 @@ from typing import Any, Final
 
 from scaler_executor.runtime.namespace_making import (
     EmptyCell,
-    _dataclass_mark,
-    _import_module,
-    _make_bound,
-    _make_class,
-    _make_context_variable,
-    _make_function,
-    _make_lock,
-    _make_lru_cache,
-    _make_single_dispatch,
-    _set_function_state,
+    dataclass_mark,
+    import_module,
+    make_bound,
+    make_class,
+    make_context_variable,
+    make_function,
+    make_lock,
+    make_lru_cache,
+    make_single_dispatch,
+    set_function_state,
 )
-from scaler_executor.runtime.namespace_names import _LRU_WRAPPER, Names, _global_names, finds_by_name, main_dict
+from scaler_executor.runtime.namespace_names import LRU_WRAPPER, Names, finds_by_name, global_names, main_dict
 
 PROTOCOL: Final = 5
 _ABSENT: Final = object()
@@ -176,7 +176,7 @@ class MainReducer:
     def reduce(self, value: Any, otherwise: Callable[[Any], Any]) -> Any:
         """As `reducer_override`; `otherwise` reduces what is not ours."""
         kind: type = type(value)
-        if kind is FunctionType or kind is _LRU_WRAPPER or isinstance(value, type):
+        if kind is FunctionType or kind is LRU_WRAPPER or isinstance(value, type):
             name = self._policy.find(value)
             if name is not None and name != self._defined_name:
                 self._names.add(name)
@@ -186,21 +186,21 @@ class MainReducer:
                     reduced = self._reduce_function(value)
                 elif value.__code__ is _SINGLE_DISPATCH:
                     registry = dict(value.registry)  # type: ignore[attr-defined]
-                    reduced = _make_single_dispatch, (registry.pop(object), list(registry.items()))
+                    reduced = make_single_dispatch, (registry.pop(object), list(registry.items()))
                 else:
                     reduced = otherwise(value)
-            elif kind is _LRU_WRAPPER:
+            elif kind is LRU_WRAPPER:
                 if value.__module__ != "__main__":
                     return otherwise(value)
-                reduced = _make_lru_cache, (value.__wrapped__, value.cache_parameters())
+                reduced = make_lru_cache, (value.__wrapped__, value.cache_parameters())
             else:
                 reduced = _as_made_here(value, otherwise(value))
             if value is self._defined and type(reduced) is tuple:
                 # Bound as soon as it is made: what it is made of may refer to it by name.
-                reduced = (_make_bound, (self._defined_name, reduced[0], reduced[1]), *reduced[2:])
+                reduced = (make_bound, (self._defined_name, reduced[0], reduced[1]), *reduced[2:])
             return reduced
         if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value:
-            return _import_module, (value.__name__,)
+            return import_module, (value.__name__,)
         if self._defined is not _ABSENT:
             reduced = self._reduce_made_anew(kind, value)
             if reduced is not NotImplemented:
@@ -209,13 +209,13 @@ class MainReducer:
             marks = sys.modules["dataclasses"].__dict__
             for mark in _DATACLASS_MARKS:
                 if marks.get(mark) is value:
-                    return _dataclass_mark, (mark,)
+                    return dataclass_mark, (mark,)
         return otherwise(value)
 
     def _reduce_made_anew(self, kind: type, value: Any) -> Any:
         """Reduce what holds the state of one process: each has its own, as if it had run the program itself."""
         if kind in _LOCKS:
-            return _make_lock, (_LOCKS[kind],)
+            return make_lock, (_LOCKS[kind],)
         if issubclass(kind, threading.local):
             return (kind, ()) if _is_made_without_arguments(kind) else NotImplemented
         if kind is weakref.WeakSet:
@@ -225,7 +225,7 @@ class MainReducer:
             entries = self._weak_entries(value, kind.items)
             return kind, (), None, None, iter([entry for entry in entries if self._stays(entry[weak])])
         if kind.__name__ == "ContextVar" and kind.__module__ in ("_contextvars", "contextvars"):
-            return _make_context_variable, (value.name, *_default_of(value))
+            return make_context_variable, (value.name, *_default_of(value))
         return NotImplemented
 
     def _weak_entries(self, container: Any, entries: Callable[[Any], Iterable[Any]]) -> list[Any]:
@@ -245,7 +245,7 @@ class MainReducer:
     def _reduce_function(self, function: FunctionType) -> Any:
         """Reduce a function of `__main__` to its code; the names in it mean the other side's globals."""
         code = function.__code__
-        self._names |= _global_names(code)
+        self._names |= global_names(code)
         cells = [_content_of(cell) for cell in function.__closure__ or ()]
         state = (
             function.__qualname__,
@@ -259,7 +259,7 @@ class MainReducer:
             cells,
         )
         arguments = (marshal.dumps(code), function.__name__, len(cells))
-        return _make_function, arguments, state, None, None, _set_function_state
+        return make_function, arguments, state, None, None, set_function_state
 
 
 def _is_made_without_arguments(cls: Any) -> bool:
@@ -306,4 +306,4 @@ def _as_made_here(cls: type, reduced: Any) -> Any:
         private = {f"_{cls.__name__.lstrip('_')}{name}" for name in names}  # the descriptors of `__name` slots
         left_out = {"__slots__", *names, *private}
         state = ({name: value for name, value in state[0].items() if name not in left_out}, *state[1:])
-    return (_make_class, (reduced[0], *arguments), state, *reduced[3:])
+    return (make_class, (reduced[0], *arguments), state, *reduced[3:])

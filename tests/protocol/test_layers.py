@@ -101,6 +101,21 @@ def test_wire_needs_no_runtime():
     assert PROTOCOL and not any(name.startswith("scaler_executor.runtime") for p in PROTOCOL for name in imported(p))
 
 
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [
+        ("worker", {"client", "cluster", "functions", "namespace"}),
+        ("client", {"agent", "forker", "namespace_worker", "serve", "worker"}),
+    ],
+)
+def test_each_side_imports_its_own(module, others):
+    """Workers do not import what only the client's process needs, nor does it import what only they need."""
+    program = f"import sys, scaler_executor.runtime.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    names = set(done.stdout.split())
+    assert not names & {f"scaler_executor.runtime.{other}" for other in others}
+
+
 @pytest.mark.parametrize("folder", ["protocol", "simulation"])
 def test_no_sleeps(folder):
     """Nothing here sleeps: time is virtual."""
