@@ -233,10 +233,12 @@ def _crash(
     start_s = time.perf_counter()
     reports = executor.map(analyse, paths, timeout=_PATIENCE_S, buffersize=min(_AHEAD, len(paths) // 4))
     survivors = []
+    fatal: ScalerFuture[None] | None = None
     for report in _with_progress("a worker is killed", len(paths), reports):
         survivors.append(report)
         if len(survivors) == len(paths) // 2:
             fatal = executor.submit(kill_worker)
+    assert fatal is not None
     is_in_the_middle = fatal.done()
     error = fatal.exception(timeout=_PATIENCE_S)
     elapsed_s = time.perf_counter() - start_s

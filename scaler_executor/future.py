@@ -87,6 +87,7 @@ class FutureOwner(Protocol):
 
     def may_wait(self) -> bool:
         """Tell whether this thread may wait for an answer: not the one that receives it, nor at interpreter exit."""
+        ...
 
     def expect_callbacks(self) -> None:
         """Be ready to run callbacks: a future has some now."""
@@ -334,6 +335,8 @@ class ScalerFuture(Future[T]):
     ) -> None:
         """Make the future done and tell whoever waits. A cancel that was asked for wins over a result."""
         fields = self.__dict__
+        ask: _Ask | None = None
+        has_callbacks = False
         with self._condition:
             before = self._state
             if before not in _DONE:
@@ -579,7 +582,8 @@ def _is_asyncio_chain(fn: Any) -> bool:
     )
 
 
-def _call_with_snapshot(fn: Callable[[Future[Any]], object], future: ScalerFuture[Any]) -> object:
+def _call_with_snapshot(fn: Callable[[Future[Any]], object], future: Future[Any]) -> object:
+    assert isinstance(future, ScalerFuture)
     return fn(_Snapshot(future))
 
 

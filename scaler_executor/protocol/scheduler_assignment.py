@@ -97,7 +97,7 @@ class Assignment:
                             agent.functions.append((client_id, part))
                     known.need((client_id, function.function_id))  # it outlasts its parts, which the agent has with it
             runs.append(
-                (task.task_id, task.attempt, client_id, task.items, task.skip, function.function_id, task.payload)
+                (task.task_id, task.attempt, client_id, task.items, task.skip, task.function.function_id, task.payload)
             )
         agent.held += assigned
         self._output.touched[agent] = None

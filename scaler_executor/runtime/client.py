@@ -113,6 +113,7 @@ class Cluster(Protocol):
 
     def join(self) -> str:
         """Wait until the processes are gone, release everything, return how they ended."""
+        ...
 
     def kill(self) -> None:
         """Kill the processes."""
@@ -129,10 +130,12 @@ class Run(Protocol):
     @property
     def is_over(self) -> bool:
         """Whether each item has a result or is cancelled."""
+        ...
 
     @property
     def over(self) -> threading.Event:
         """Is set when the run is over."""
+        ...
 
     def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
         """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
@@ -732,7 +735,7 @@ class ClientFutureManager:
     def _handle(self, event: Event) -> None:
         self._perform(self._state.handle(event, time.monotonic()))
 
-    def _perform(self, instructions: list[Instruction]) -> None:
+    def _perform(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Deliver):
                 self.on_task_result(instruction.results)

@@ -174,6 +174,7 @@ class EmbeddedCluster:
                 self._start()
 
     def _start(self) -> None:
+        inherited_main: dict[str, Any] = {}
         if self._forker_socket is not None:
             # First of all: a signal handler's call may ask what is inherited.
             from scaler_executor.runtime.namespace import snapshot

@@ -250,8 +250,8 @@ class Forker:
             bell = platform.Bell.for_ringing(self._bell_fd)
             self._config.identity.name = f"ScalerWorker-{worker_id}"
             worker_main(socket.socket(fileno=call_fd), pipe_fd, page, bell, self._config)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(70)  # EX_SOFTWARE: a bug of ours
 
@@ -551,8 +551,8 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
         if platform.PORTABLE and config.identity.parent_pid == creator:
             config.identity.parent_fd = creator_pidfd
         forker_main(control, config, creator, creator_pidfd)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         os._exit(70)
 

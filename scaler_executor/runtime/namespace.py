@@ -181,7 +181,7 @@ class MainDefinitions:
             else:
                 definition = self._pickle(name, value, known)
                 if definition is known:
-                    return known
+                    return definition
             if self._publish(definition, known):
                 return definition
             # Another thread was quicker, and the object that it has published may be the later one.

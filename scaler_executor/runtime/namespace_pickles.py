@@ -115,9 +115,9 @@ class ByNamePickler(pickle.Pickler):
         super().__init__(file, PROTOCOL, buffer_callback=buffer_callback)
         self._reducer = MainReducer(policy, names, defined)
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, obj: Any) -> Any:
         """As pickle.Pickler."""
-        return self._reducer.reduce(value, _refuse_by_value)
+        return self._reducer.reduce(obj, _refuse_by_value)
 
 
 class NeedsCloudpickle(Exception):
@@ -150,8 +150,8 @@ def _by_value_pickler() -> Any:
             super().__init__(file, PROTOCOL, buffer_callback)
             self._reducer = MainReducer(policy, names, defined)
 
-        def reducer_override(self, value: Any) -> Any:
-            return self._reducer.reduce(value, super().reducer_override)
+        def reducer_override(self, obj: Any) -> Any:
+            return self._reducer.reduce(obj, super().reducer_override)
 
     return ByValuePickler
 

@@ -283,6 +283,7 @@ class Worker:
         #: Items and bytes in the range buffer.
         count = used = 0
         error: BaseException | None = None
+        item = 0
         for item in range(items):
             value: Any = None
             try:
