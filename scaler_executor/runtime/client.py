@@ -77,7 +77,7 @@ from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
 from scaler_executor.runtime.namespace import MainDefinitions, Needs
-from scaler_executor.runtime.platform import Bell
+from scaler_executor.runtime.platform import FAULTS, Bell
 from scaler_executor.runtime.results import LOST
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
@@ -93,10 +93,6 @@ DIRECT_BYTES: Final = 1 << 14
 #: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
 #: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
-#: Signals of a thread itself, which cannot wait.
-_FAULTS: Final = frozenset(
-    {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP}
-)
 
 
 class Cluster(Protocol):
@@ -583,7 +579,7 @@ class ClientFutureManager:
     def _run(self) -> None:
         # Signals are for the user's threads: one that comes while the process is stopped (Ctrl-Z) would be taken by
         # whichever thread runs first, and a main thread that waits would never learn of it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
         try:
             self._loop()
         except BaseException as error:

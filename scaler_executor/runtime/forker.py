@@ -56,8 +56,6 @@ SPIN_S: Final = 0.0002
 NUDGE_PAUSES_S: Final = tuple(0.005 * 2**number for number in range(8))
 #: How long the workers' groups may take to die when the forker itself is to end.
 END_DEADLINE_S: Final = 2.0
-#: Signals that report a fault of the process itself. A fault handler that the user enabled stays.
-_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL})
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToForkerMessage).decode
@@ -561,13 +559,14 @@ def _reset_signals() -> None:
     """Give every signal the disposition that a fresh interpreter has, except SIGINT: it is ignored until a worker
     handles it.
 
-    An inherited SIG_IGN for SIGCHLD would lose the exit statuses. SIGHUP stays ignored: that is what nohup does.
+    An inherited SIG_IGN for SIGCHLD would lose the exit statuses. SIGHUP stays ignored: that is what nohup does. A
+    handler of faults that the user enabled stays.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # first: one that waits is dropped by this
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
-        if handler is None or handler == signal.SIG_DFL or number in _FAULTS:
+        if handler is None or handler == signal.SIG_DFL or number in platform.FAULTS:
             continue
         if number == signal.SIGHUP and handler == signal.SIG_IGN:
             continue

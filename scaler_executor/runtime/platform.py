@@ -62,6 +62,9 @@ if TYPE_CHECKING:
 PORTABLE: Final = not sys.platform.startswith("linux") or os.environ.get("SCALER_EXECUTOR_PLATFORM") == "portable"
 #: How often a process asks whether its parent is still there; None: it need not ask.
 RESERVE_S: Final[float | None] = 1.0 if PORTABLE else None
+#: Signals by which the kernel reports a fault of the thread itself: it cannot wait, and a handler for it is there to
+#: tell of the fault.
+FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP})
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
