@@ -13,6 +13,14 @@ lost, once, and carries nothing more. It knows neither sockets nor what the pack
 Each transport is an *epoch* of the session, numbered by the end that connects. A frame of an earlier epoch may arrive
 late and is dropped: what it carried has been sent again. The greeting names both ends by nonces, so that an end that
 was started anew is not taken for the one that it replaces.
+
+Where a transport does not tell of its end (`beat_s` is given), both ends say something every so often, and one that
+hears nothing for too long takes the transport for gone. Each beat carries the sender's clock and gives back what it
+last read on the other's: so an end knows until when it was certainly heard (`proven_at`), whatever the two clocks say.
+The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in time.
+
+No more than a window's worth of bytes is on its way unacknowledged (`room`). It is as large as the delay allows, so
+that what is urgent never waits long behind what is large.
 """
 
 from __future__ import annotations
@@ -34,11 +42,21 @@ LOST: Final = "LOST"
 
 #: A cut that lasts longer is the peer's loss.
 LEASE_S: Final = 60.0
+#: With beats: a transport that is silent for longer is gone.
+SILENCE_S: Final = 4.0
 #: More than this is not kept for an end that does not say that it has it.
 RESEND_BYTES: Final = 64 << 20
 #: Received packets are acknowledged after so long, or after so many, if nothing is sent that would do it by the way.
 ACK_AFTER_S: Final = 0.2
 ACK_AFTER_PACKETS: Final = 64
+#: ... or after so many bytes, for the sender waits for that.
+ACK_AFTER_BYTES: Final = 1 << 17
+#: The window in bytes: at first, at least, at most.
+WINDOW_BYTES: Final = 1 << 19
+MIN_WINDOW_BYTES: Final = 1 << 16
+MAX_WINDOW_BYTES: Final = 8 << 20
+#: An acknowledgement may come so much later than the quickest one did: beyond that the window shrinks.
+MAX_DELAY_S: Final = 0.04
 
 
 # Frames: what the ends say to each other
@@ -54,19 +72,23 @@ class Greeting(msgspec.Struct, array_like=True, tag=1):
 
 
 class Data(msgspec.Struct, array_like=True, tag=2):
-    """Packet number `seq`; the sender has received all up to `received`."""
+    """Packet number `seq`, of `packet_bytes`; the sender has received all up to `received`."""
 
     epoch: int
     seq: int
     received: int
     packet: Any
+    packet_bytes: int = 1
 
 
 class Ack(msgspec.Struct, array_like=True, tag=3):
-    """The sender has received all up to `received`."""
+    """The sender has received all up to `received`. It read `sent_at` on its clock, and in the receiver's last Ack,
+    `echo`."""
 
     epoch: int
     received: int
+    sent_at: float = 0.0
+    echo: float = 0.0
 
 
 Frame: TypeAlias = Greeting | Data | Ack
@@ -118,13 +140,17 @@ class Deliver(msgspec.Struct):
     packets: list[Any]
 
 
+class Disconnect(msgspec.Struct):
+    """The transport is gone, though it has not said so: close it."""
+
+
 class PeerLost(msgspec.Struct):
     """The session is over: close the transport. Said once; nothing is delivered afterwards."""
 
     reason: str
 
 
-Instruction: TypeAlias = Transmit | Deliver | PeerLost
+Instruction: TypeAlias = Transmit | Deliver | Disconnect | PeerLost
 
 
 class LinkState:
@@ -134,8 +160,10 @@ class LinkState:
         nonce: Names this end; drawn at random by the caller, never used before.
         connects: This end makes the transports and numbers the epochs; exactly one end does.
         now: The time.
-        lease_s: A cut that lasts longer is the peer's loss.
+        lease_s: Silence that lasts longer is the peer's loss.
         resend_bytes: So much is kept for an end that has not acknowledged it.
+        beat_s: Something is said at least so often; None: the transport tells of its end.
+        silence_s: With beats, a transport over which nothing has come for so long is taken for gone.
     """
 
     def __init__(
@@ -146,25 +174,43 @@ class LinkState:
         now: float,
         lease_s: float = LEASE_S,
         resend_bytes: int = RESEND_BYTES,
+        beat_s: float | None = None,
+        silence_s: float = SILENCE_S,
     ) -> None:
         assert nonce
         self._nonce = nonce
         self._connects = connects
         self._lease_s = lease_s
         self._resend_bytes = resend_bytes
+        self._beat_s = beat_s
+        self._silence_s = silence_s
         self.state: State = DOWN
         #: The other end's nonce, once it has greeted.
         self._peer = b""
         #: Number of the current transport, or of the last one; frames of others are dropped.
         self._epoch = 0
-        #: Packets without an acknowledgement: (seq, packet, bytes), in order and without a gap.
-        self._kept: deque[tuple[int, Any, int]] = deque()
+        #: Packets without an acknowledgement: (seq, packet, bytes, when it was sent), in order and without a gap.
+        self._kept: deque[tuple[int, Any, int, float]] = deque()
         self._kept_bytes = 0
         self._last_seq = 0
+        self._window = WINDOW_BYTES
+        #: The quickest acknowledgement of this epoch; None: none yet.
+        self._quickest_s: float | None = None
+        #: When the window was last changed.
+        self._resized_at = now
         #: Number of the last packet that was received and delivered.
         self._received = 0
-        #: What of that the other end has been told in this epoch.
+        #: What of that the other end has been told in this epoch, and how many bytes came since.
         self._acked = 0
+        self._unacked_bytes = 0
+        #: When the other end was last heard, and when something was last said to it.
+        self.heard_at = now
+        self._said_at = now
+        #: Since when the transport has been there.
+        self._connected_at = now
+        #: The clock of the other end, and of this one, as its last Ack gave them.
+        self._peer_clock = 0.0
+        self.proven_at = now
         #: When it is to be told the rest, or None.
         self._ack_due: float | None = None
         #: When the cut has lasted too long; None in UP and LOST.
@@ -194,6 +240,9 @@ class LinkState:
                 pass
             else:
                 unreachable(event)
+            silent_due = self._silent_due()
+            if silent_due is not None and silent_due <= now:
+                self._step("SILENT_DUE")
             if self._lease_due is not None and self._lease_due <= now:
                 self._step("LEASE_DUE")
         except RemoteProtocolError as error:
@@ -203,9 +252,8 @@ class LinkState:
 
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
-        if self._ack_due is None or self._lease_due is None:
-            return self._lease_due if self._ack_due is None else self._ack_due
-        return min(self._ack_due, self._lease_due)
+        deadlines = (self._ack_due, self._lease_due, self._silent_due(), self._beat_due())
+        return min((due for due in deadlines if due is not None), default=None)
 
     def story(self, task_id: int = 0) -> list[Transition]:
         """Return what is remembered of the session's transports; packets are not told apart, so any `task_id` will
@@ -214,12 +262,13 @@ class LinkState:
 
     def check(self) -> None:
         """Assert the invariants."""
-        seqs = [seq for seq, _, _ in self._kept]
+        seqs = [seq for seq, _, _, _ in self._kept]
         assert seqs == list(range(self._last_seq - len(seqs) + 1, self._last_seq + 1)), seqs
-        assert self._kept_bytes == sum(size for _, _, size in self._kept)
+        assert self._kept_bytes == sum(size for _, _, size, _ in self._kept)
         assert self._kept_bytes <= self._resend_bytes or self.state == LOST
         assert self._acked <= self._received
         assert (self._lease_due is None) == (self.state in (UP, LOST)), self.state
+        assert self.proven_at <= self._now and MIN_WINDOW_BYTES <= self._window <= MAX_WINDOW_BYTES
         assert self._ack_due is None or (self.state == UP and self._acked < self._received)
         assert self.state != UP or (self._peer and self._epoch)
         assert self.state != LOST or not self._kept
@@ -228,6 +277,19 @@ class LinkState:
     def outstanding(self) -> int:
         """Number of packets that the other end is not known to have."""
         return len(self._kept)
+
+    @property
+    def room(self) -> int:
+        """How many bytes should be sent now at most; what is small may always be."""
+        return self._window - self._kept_bytes
+
+    def _silent_due(self) -> float | None:
+        if self._beat_s is None or self.state not in (GREETING, UP):
+            return None
+        return max(self.heard_at, self._connected_at) + self._silence_s
+
+    def _beat_due(self) -> float | None:
+        return self._said_at + self._beat_s if self._beat_s is not None and self.state == UP else None
 
     # Events
 
@@ -241,13 +303,17 @@ class LinkState:
     def _arrived(self, frame: Frame) -> None:
         if isinstance(frame, Greeting):
             self._step("GREETING", frame)
-        elif frame.epoch != self._epoch or self.state == DOWN:
+            return
+        if frame.epoch != self._epoch or self.state == DOWN:
             # Not for the table: what an earlier transport still held says nothing about this one.
             self.stale += 1
-        elif isinstance(frame, Data):
+            return
+        if self.state == UP:
+            self.heard_at = self._now
+        if isinstance(frame, Data):
             self._step("DATA", frame)
         elif isinstance(frame, Ack):
-            self._step("ACK", frame.received)
+            self._step("ACK", frame)
         else:
             unreachable(frame)
 
@@ -258,18 +324,20 @@ class LinkState:
             self._lose(f"more than {self._resend_bytes} bytes wait for it")
             return
         self._last_seq += 1
-        self._kept.append((self._last_seq, packet, packet_bytes))
+        self._kept.append((self._last_seq, packet, packet_bytes, self._now))
         self._kept_bytes += packet_bytes
 
     def _send(self, link: LinkState, packet: Any, packet_bytes: int) -> None:
         self._keep(link, packet, packet_bytes)
         if self.state == UP:
-            self._out.append(Transmit(self._data(self._last_seq, packet)))
+            self._out.append(Transmit(self._data(self._last_seq, packet, packet_bytes)))
 
     def _greet(self, link: LinkState) -> None:
         if self._lease_due is None:
-            self._lease_due = self._now + self._lease_s
+            self._lease_due = self.heard_at + self._lease_s
         self._ack_due = None
+        self._connected_at = self._now
+        self._quickest_s = None
         if self._connects:
             self._epoch += 1
             self._out.append(Transmit(self._greeting()))
@@ -277,9 +345,13 @@ class LinkState:
 
     def _cut(self, link: LinkState) -> None:
         if self._lease_due is None:
-            self._lease_due = self._now + self._lease_s
+            self._lease_due = self.heard_at + self._lease_s
         self._ack_due = None
         self._become(DOWN, "DISCONNECTED", f"epoch {self._epoch}")
+
+    def _silent(self, link: LinkState) -> None:
+        self._cut(link)
+        self._out.append(Disconnect())
 
     def _greeted(self, link: LinkState, frame: Greeting) -> None:
         if frame.epoch != self._epoch if self._connects else frame.epoch <= self._epoch:
@@ -300,10 +372,13 @@ class LinkState:
             return
         self._peer = frame.sender
         self._acked = self._received
+        self._unacked_bytes = 0
         self._forget_up_to(frame.received)
         self._lease_due = None
+        self.heard_at = self._now
         self._become(UP, "GREETING", f"epoch {self._epoch}, {len(self._kept)} packets again")
-        self._out += [Transmit(self._data(seq, packet)) for seq, packet, _ in self._kept]
+        self._kept = deque((seq, packet, size, self._now) for seq, packet, size, _ in self._kept)
+        self._out += [Transmit(self._data(seq, packet, size)) for seq, packet, size, _ in self._kept]
 
     def _stale_greeting(self, link: LinkState, frame: Greeting) -> None:
         self.stale += 1  # the transport that it came over is gone
@@ -333,11 +408,32 @@ class LinkState:
             last.packets.append(frame.packet)
         else:
             self._out.append(Deliver([frame.packet]))
+        self._unacked_bytes += frame.packet_bytes
         if self._ack_due is None:
             self._ack_due = self._now + ACK_AFTER_S
 
-    def _acknowledged(self, link: LinkState, received: int) -> None:
-        self._forget_up_to(received)
+    def _acknowledged(self, link: LinkState, frame: Ack) -> None:
+        if frame.echo > self._now:
+            raise RemoteProtocolError(f"an echo of {frame.echo} at {self._now}")
+        self.proven_at = max(self.proven_at, frame.echo)
+        self._peer_clock = frame.sent_at
+        kept = self._kept
+        sent_at = next((at for seq, _, _, at in kept if seq == frame.received), None) if kept else None
+        self._forget_up_to(frame.received)
+        if sent_at is not None:
+            self._resize(self._now - sent_at)
+
+    def _resize(self, delay_s: float) -> None:
+        """Make the window fit the time that an acknowledgement took."""
+        quickest_s = self._quickest_s = delay_s if self._quickest_s is None else min(self._quickest_s, delay_s)
+        if self._resized_at + quickest_s > self._now:
+            return  # it has had no effect yet
+        if delay_s > quickest_s + MAX_DELAY_S:
+            self._window = max(MIN_WINDOW_BYTES, self._window // 2)
+            self._resized_at = self._now
+        elif delay_s < quickest_s + MAX_DELAY_S / 2 and 2 * self._kept_bytes > self._window // 2:
+            self._window = min(MAX_WINDOW_BYTES, self._window * 3 // 2)
+            self._resized_at = self._now
 
     def _lease_over(self, link: LinkState) -> None:
         self._lose(f"it could not be reached for {self._lease_s:g} s")
@@ -347,9 +443,10 @@ class LinkState:
     def _greeting(self) -> Greeting:
         return Greeting(self._epoch, self._nonce, self._peer, self._received)
 
-    def _data(self, seq: int, packet: Any) -> Data:
-        self._acked, self._ack_due = self._received, None
-        return Data(self._epoch, seq, self._received, packet)
+    def _data(self, seq: int, packet: Any, packet_bytes: int) -> Data:
+        self._acked, self._unacked_bytes, self._ack_due = self._received, 0, None
+        self._said_at = self._now
+        return Data(self._epoch, seq, self._received, packet, packet_bytes)
 
     def _forget_up_to(self, received: int) -> None:
         """Let go of what the other end has."""
@@ -360,11 +457,19 @@ class LinkState:
             self._kept_bytes -= kept.popleft()[2]
 
     def _acknowledge(self) -> None:
-        if self._ack_due is None:
-            return
-        if self._ack_due <= self._now or self._received - self._acked >= ACK_AFTER_PACKETS:
-            self._acked, self._ack_due = self._received, None
-            self._out.append(Transmit(Ack(self._epoch, self._received)))
+        """Say what was received, or that this end is there, if it is time."""
+        beat_due = self._beat_due()
+        if (
+            (self._ack_due is not None and self._ack_due <= self._now)
+            or (beat_due is not None and beat_due <= self._now)
+            or (
+                self._ack_due is not None
+                and (self._received - self._acked >= ACK_AFTER_PACKETS or self._unacked_bytes >= ACK_AFTER_BYTES)
+            )
+        ):
+            self._acked, self._unacked_bytes, self._ack_due = self._received, 0, None
+            self._said_at = self._now
+            self._out.append(Transmit(Ack(self._epoch, self._received, self._now, self._peer_clock)))
 
     def _lose(self, reason: str) -> None:
         self._become(LOST, "lost", reason)
@@ -383,7 +488,8 @@ EVENTS: Final = (
     "DISCONNECTED",
     "GREETING",  # frame
     "DATA",  # frame, of this epoch
-    "ACK",  # received, of this epoch
+    "ACK",  # frame, of this epoch
+    "SILENT_DUE",
     "LEASE_DUE",
 )
 
@@ -397,6 +503,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         # Without a transport every frame is a late one, see `_arrived`.
         "DATA": forbidden,
         "ACK": forbidden,
+        "SILENT_DUE": forbidden,
         "LEASE_DUE": _L._lease_over,
     },
     GREETING: {
@@ -409,6 +516,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         # something. One that has begun a new epoch is greeted before anything else.
         "DATA": _L._before_greeting,
         "ACK": _L._before_greeting,
+        "SILENT_DUE": _L._silent,
         "LEASE_DUE": _L._lease_over,
     },
     UP: {
@@ -418,6 +526,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "GREETING": _L._greeted_again,
         "DATA": _L._receive,
         "ACK": _L._acknowledged,
+        "SILENT_DUE": _L._silent,
         "LEASE_DUE": forbidden,
     },
     LOST: {
@@ -428,6 +537,7 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "GREETING": ignore,
         "DATA": ignore,
         "ACK": ignore,
+        "SILENT_DUE": forbidden,
         "LEASE_DUE": forbidden,
     },
 }

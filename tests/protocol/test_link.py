@@ -86,7 +86,7 @@ def test_acknowledged_after_a_while():
     link = up()
     link.got(Data(1, 1, 0, "x"))
     assert link.next_deadline() == ACK_AFTER_S
-    assert link.tick(ACK_AFTER_S) == [Transmit(Ack(1, 1))]
+    assert link.tick(ACK_AFTER_S) == [Transmit(Ack(1, 1, sent_at=ACK_AFTER_S))]
     assert link.next_deadline() is None
 
 
@@ -165,7 +165,7 @@ def test_transports_that_never_greet_do_not_prolong_the_lease():
 def test_too_much_waits():
     """More than the buffer holds is the loss of the peer."""
     link = up(resend_bytes=10)
-    assert link.send("a", 6) == [Transmit(Data(1, 1, 0, "a"))]
+    assert link.send("a", 6) == [Transmit(Data(1, 1, 0, "a", 6))]
     assert lost(link.send("b", 6))
 
 

@@ -95,7 +95,16 @@ def test_four_methods(state_class):
     """A machine has handle, next_deadline, story and check, and otherwise tells only how much it holds."""
     public = {attribute for attribute in vars(state_class) if not attribute.startswith("_")}
     assert {"handle", "next_deadline", "story", "check"} <= public
-    assert public <= {"handle", "next_deadline", "story", "check", "outstanding", "outstanding_tasks", "workers"}
+    assert public <= {
+        "handle",
+        "next_deadline",
+        "story",
+        "check",
+        "outstanding",
+        "outstanding_tasks",
+        "workers",
+        "room",
+    }
 
 
 def test_dead_ends():
