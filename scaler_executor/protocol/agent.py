@@ -116,7 +116,7 @@ class AgentState:
             self._fork_failed(event)
         elif isinstance(event, SchedulerLost):
             if self._fence_at is None and not self._calls.fenced:
-                self._fence_at = now + FENCE_S
+                self._fence_at = now + FENCE_S - event.unheard_s
         elif isinstance(event, SchedulerBack):
             self._fence_at, self._calls.fenced = None, False
         elif isinstance(event, NewEpoch):
@@ -323,6 +323,10 @@ class AgentState:
         elif worker.state == "READY" and worker.held:
             # One that dies idle is replaced when there is work: it may be what its initializer started that ends it.
             self._hiring.leave(worker)
+            if not event.current and not event.forker_lost:
+                reason = self._hiring.died_unused(worker, event.report.reason)
+                if reason is not None:
+                    self._calls.break_client(worker.client_id, reason)
         calls = list(worker.held)
         worker.state = "LEAVING"
         # From the back, so that what is queued again stands in front in its old order.

@@ -78,7 +78,9 @@ class Exited(msgspec.Struct):
 
 
 class SchedulerLost(msgspec.Struct):
-    """The connection is gone, but may come back in time."""
+    """The connection is gone, but may come back in time. `unheard_s`: what was said so long ago was certainly heard."""
+
+    unheard_s: float = 0.0
 
 
 class SchedulerBack(msgspec.Struct):

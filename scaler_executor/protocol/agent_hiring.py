@@ -32,6 +32,8 @@ class Hiring:
         self._start_failures: dict[int, int] = {}
         #: {client_id: n}: so many forks in a row failed while it had no worker.
         self._fork_failures: dict[int, int] = {}
+        #: {client_id: n}: so many workers in a row died before their first call was begun.
+        self.unused_deaths: dict[int, int] = {}
         #: When workers may be ordered again after a fork failed, or None.
         self.hire_at: float | None = None
         #: {client_id: reason} of the clients for which no worker can be started.
@@ -105,6 +107,13 @@ class Hiring:
         failures = self._start_failures[client_id] = self._start_failures.get(client_id, 0) + 1
         return f"workers end before they are ready: {reason}" if failures >= MAX_START_FAILURES else None
 
+    def died_unused(self, worker: Worker, reason: str) -> str | None:
+        """A worker died with calls in its hands, none of which it had come to. Return why its client is to be given up,
+        if it is: what a client has done before its first call may be what ends it."""
+        client_id = worker.client_id
+        deaths = self.unused_deaths[client_id] = self.unused_deaths.get(client_id, 0) + 1
+        return f"workers end before their first call: {reason}" if deaths >= MAX_START_FAILURES else None
+
     def _is_unwanted(self, worker: Worker) -> bool:
         return worker.retired or worker.state == "LEAVING" or worker.client_id in self.gone_clients
 
@@ -112,6 +121,7 @@ class Hiring:
         """Order no more workers for a client. Return whether that is news."""
         self._start_failures.pop(client_id, None)
         self._fork_failures.pop(client_id, None)
+        self.unused_deaths.pop(client_id, None)
         if client_id in self.broken or client_id in self.gone_clients:
             return False
         self.broken[client_id] = reason
@@ -162,11 +172,18 @@ class Hiring:
         self.broken.pop(client_id, None)
         self._start_failures.pop(client_id, None)
         self._fork_failures.pop(client_id, None)
+        self.unused_deaths.pop(client_id, None)
         self.retire_unused(client_id)
 
     def kill_all(self) -> None:
         """Kill the workers of all clients, who are forgotten: their numbers may come again and mean others."""
-        for table in (self.broken, self.gone_clients, self._start_failures, self._fork_failures):
+        for table in (
+            self.broken,
+            self.gone_clients,
+            self._start_failures,
+            self._fork_failures,
+            self.unused_deaths,
+        ):
             table.clear()
         for worker in self._crew.workers.values():
             worker.freeze = {} if worker.freeze is not None else None

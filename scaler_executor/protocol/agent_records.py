@@ -141,6 +141,8 @@ class RecordReader:
         function, calls, expected_s = worker.portions.popleft()
         worker.load_s = max(0.0, worker.load_s - expected_s) if worker.portions else 0.0
         worker.portion_since = self._output.now
+        if self._hiring.unused_deaths:
+            self._hiring.unused_deaths.pop(worker.client_id, None)
         if items:
             function.measured(seconds / items)
             self._crew.measured_task(seconds / calls)

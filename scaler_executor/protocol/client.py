@@ -25,6 +25,7 @@ from scaler_executor.protocol.messages import (
     Message,
     Output,
     Refused,
+    SessionLost,
     TaskCancel,
     TaskCancelConfirm,
     TaskCancelConfirmType,
@@ -121,9 +122,16 @@ class Finished(msgspec.Struct):
 
 
 class Lost(msgspec.Struct):
-    """These end with SchedulerLostError, as will what is submitted from now on."""
+    """These end with SchedulerLostError."""
 
     tasks: list[int]
+    reason: str
+
+
+class Renewed(msgspec.Struct):
+    """Begin anew, with Hello: the scheduler knows no function any more. What has not been fed in yet and counts on some
+    is lost as well."""
+
     reason: str
 
 
@@ -144,7 +152,7 @@ class Closed(msgspec.Struct):
 
 
 Instruction: TypeAlias = (
-    Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Broken | Disinherited | Closed
+    Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Renewed | Broken | Disinherited | Closed
 )
 
 
@@ -179,6 +187,8 @@ class ClientState:
         self._welcome: Welcome | None = None
         #: Set once, by SchedulerLost: everything submitted later is lost as well.
         self._lost: str | None = None
+        #: The scheduler was lost and another one is to say Welcome; a client that has nothing to do need not wait.
+        self._is_between = False
         self._closing = False
         self._said_bye = False
         self._last_cancel_no = 0
@@ -207,7 +217,8 @@ class ClientState:
             self._closing = True
         else:
             unreachable(event)
-        if self._closing and not self._tasks and not self._said_bye and (self._welcome or self._lost is not None):
+        may_leave = self._welcome is not None or self._lost is not None or self._is_between
+        if self._closing and not self._tasks and not self._said_bye and may_leave:
             self._said_bye = True
             if self._lost is None:
                 out.append(Send(Bye()))
@@ -329,6 +340,8 @@ class ClientState:
             self._welcomed(message)
         elif isinstance(message, Refused):
             self._scheduler_lost(f"the scheduler refused this client: {message.reason}")
+        elif isinstance(message, SessionLost):
+            self._session_lost(message.reason)
         elif isinstance(message, Output):
             raise RemoteProtocolError("Output is reserved")
         else:
@@ -340,6 +353,7 @@ class ClientState:
         if message.version != PROTOCOL_VERSION:
             raise RemoteProtocolError(f"the scheduler speaks version {message.version}, this client {PROTOCOL_VERSION}")
         self._welcome = message
+        self._is_between = False
         backlog, self._backlog = self._backlog, []
         for submit in backlog:
             submit.tasks = [row for row in submit.tasks if row[0] in self._tasks]
@@ -422,10 +436,20 @@ class ClientState:
             del self._tasks[task.no]
             self._out.append(Finished([task.no]))
 
+    def _session_lost(self, reason: str) -> None:
+        """The scheduler knows nothing of this client any more; what is submitted from now on goes to its successor."""
+        if not self._said_bye:
+            self._lose_all(reason)
+            self._welcome = None
+            self._is_between = True
+            self._out.append(Renewed(reason))
+
     def _scheduler_lost(self, reason: str) -> None:
-        if self._lost is not None:
-            return
-        self._lost = reason
+        if self._lost is None:
+            self._lost = reason
+            self._lose_all(reason)
+
+    def _lose_all(self, reason: str) -> None:
         self._backlog.clear()
         tasks, self._tasks = self._tasks, {}
         cancelled: list[tuple[int, int, int, Cause]] = []

@@ -88,6 +88,7 @@ class CallStyle(IntEnum):
     CALL = 1  # pickle of (args, kwargs)
     MAP = 2  # pickle of (form, items): a run, see `scaler_executor.runtime.calls`
     DEFINITION = 3  # nothing is called: others need it, see `Function`
+    SETUP = 4  # nothing is called: made ready once, before the first call; see `runtime.setup`
 
 
 class Options(msgspec.Struct, array_like=True, frozen=True):
@@ -177,14 +178,26 @@ class Welcome(Message, tag=2):
     version: int = PROTOCOL_VERSION
 
 
+class RefusalKind(IntEnum):
+    """Why a peer is not let in."""
+
+    UNREACHABLE = 0  # nobody answers, or the cluster is closing
+    KEY = 1  # one of the two keys is not the right one
+    VERSION = 2  # of the protocol, or of Python
+
+
 class Refused(Message, tag=3):
     """The scheduler's other answer to Hello; it closes the connection behind it."""
 
     reason: str
+    kind: int = RefusalKind.UNREACHABLE
 
 
 class Bye(Message, tag=4):
-    """The peer leaves, in order: a client without outstanding tasks, an agent without calls."""
+    """The peer leaves, in order: a client without outstanding tasks, an agent without calls. By force: whatever is
+    outstanding is given up."""
+
+    force: bool = False
 
 
 class TaskSubmit(Message, tag=5):
@@ -306,6 +319,13 @@ class InheritanceLost(Message, tag=23):
     reason: str
 
 
+class SessionLost(Message, tag=24):
+    """To a client, from its own relay: the scheduler knows nothing of it any more. The client begins anew with Hello;
+    what it sent before that is dropped."""
+
+    reason: str
+
+
 class WorkerRun(Message, tag=22):
     """Agent to worker: calls of one function, to be made in this order."""
 
@@ -395,7 +415,15 @@ class WorkerExited(Message, tag=38):
 
 ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel
 ToClientMessage: TypeAlias = (
-    Welcome | Refused | TaskResult | TaskCancelConfirm | TaskRunning | WorkersBroken | InheritanceLost | Output
+    Welcome
+    | Refused
+    | TaskResult
+    | TaskCancelConfirm
+    | TaskRunning
+    | WorkersBroken
+    | InheritanceLost
+    | SessionLost
+    | Output
 )
 AgentMessage: TypeAlias = (
     Hello

@@ -8,7 +8,7 @@ each task and peer, and `scheduler_output` makes messages of what is to be said.
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from typing import Any, Final
 
 from scaler_executor.protocol.codec import RemoteProtocolError
@@ -26,6 +26,7 @@ from scaler_executor.protocol.messages import (
     ClientMessage,
     Hello,
     InheritanceLost,
+    RefusalKind,
     Refused,
     ResultKind,
     TaskCancel,
@@ -48,16 +49,22 @@ FENCE_S: Final = 10.0
 
 
 class SchedulerState:
-    """All accepted tasks and all peers."""
+    """All accepted tasks and all peers.
 
-    def __init__(self) -> None:
+    Args:
+        python: "3.11", say: peers that run another one are refused, for they could not read each other's pickles; "":
+            it does not matter.
+    """
+
+    def __init__(self, python: str = "") -> None:
+        self._python = python
         self._output = SchedulerOutput()
         self._assignment = Assignment(self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
         #: {peer: Client or Agent}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent] = {}
         #: When the tasks in FENCING are decided: [(deadline, [Task])], earliest first.
-        self._fences: deque[tuple[float, list[Task]]] = deque()
+        self._fences: list[tuple[float, list[Task]]] = []
         self._last_client_id = 0
         #: Answers that matched no task, attempt or request: normal after lost races.
         self.stale = 0
@@ -75,13 +82,13 @@ class SchedulerState:
                 self._output.instructions.append(Drop(event.peer, str(error), error=True))
                 self._peer_lost(event.peer, f"broke the protocol: {error}", stopped=False)
         elif isinstance(event, PeerLost):
-            self._peer_lost(event.peer, event.reason, event.stopped)
+            self._peer_lost(event.peer, event.reason, event.stopped, event.unheard_s)
         elif isinstance(event, Tick):
             pass
         else:
             unreachable(event)
         while self._fences and self._fences[0][0] <= now:
-            for task in self._fences.popleft()[1]:
+            for task in self._fences.pop(0)[1]:
                 self._tasks.step(task, "FENCE_DUE")
         self._assignment.pump()
         if len(self._assignment.agents) > 1:
@@ -151,8 +158,11 @@ class SchedulerState:
 
     def _hello(self, peer_id: int, message: Hello) -> None:
         if message.version != PROTOCOL_VERSION:
-            reason = f"version {message.version} of the protocol, this scheduler speaks {PROTOCOL_VERSION}"
-            self._output.instructions += [Send(peer_id, Refused(reason)), Drop(peer_id, reason, error=True)]
+            reason = f"it speaks version {message.version} of the protocol, the scheduler {PROTOCOL_VERSION}"
+            self._refuse(peer_id, reason, RefusalKind.VERSION)
+        elif self._python and message.python != self._python:
+            reason = f"it runs Python {message.python or 'unknown'}, the scheduler {self._python}"
+            self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
             self._last_client_id += 1
             self._peers[peer_id] = Client(peer_id, self._last_client_id)
@@ -164,7 +174,10 @@ class SchedulerState:
         else:
             raise RemoteProtocolError(f"role {message.role!r}")
 
-    def _peer_lost(self, peer_id: int, reason: str, stopped: bool) -> None:
+    def _refuse(self, peer_id: int, reason: str, kind: RefusalKind) -> None:
+        self._output.instructions += [Send(peer_id, Refused(reason, kind)), Drop(peer_id, reason, error=True)]
+
+    def _peer_lost(self, peer_id: int, reason: str, stopped: bool, unheard_s: float = 0.0) -> None:
         peer = self._peers.pop(peer_id, None)
         if isinstance(peer, Client):
             self._client_lost(peer)
@@ -175,7 +188,10 @@ class SchedulerState:
             for task in [task for task in self._tasks.by_id.values() if task.agent is peer]:
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
             if fenced:
-                self._fences.append((self._output.now + FENCE_S, fenced))
+                # It may have been silent for long already; then it has stopped by now.
+                bisect.insort(
+                    self._fences, (self._output.now + max(0.0, FENCE_S - unheard_s), fenced), key=lambda fence: fence[0]
+                )
             self._check_broken()
 
     def _client_lost(self, client: Client) -> None:
@@ -205,7 +221,7 @@ class SchedulerState:
             for no, cancel_no, kind in message.cancels:
                 self._cancel(client, no, cancel_no, kind)
         elif isinstance(message, Bye):
-            if any(task.client is client for task in self._tasks.by_id.values()):
+            if not message.force and any(task.client is client for task in self._tasks.by_id.values()):
                 raise RemoteProtocolError("Bye with tasks outstanding")
             self._output.instructions.append(Drop(client.peer, "bye"))
             self._peer_lost(client.peer, "bye", stopped=True)

@@ -20,12 +20,16 @@ class Received(msgspec.Struct):
 
 
 class PeerLost(msgspec.Struct):
-    """A peer is gone for good. `stopped`: none of its code runs any more, as is known of a process that died on this
-    machine."""
+    """A peer is gone for good.
+
+    `stopped`: none of its code runs any more, as is known of a process that died on this machine. `unheard_s`: so long
+    nothing has been heard of it.
+    """
 
     peer: int
     reason: str
     stopped: bool = False
+    unheard_s: float = 0.0
 
 
 class Tick(msgspec.Struct):

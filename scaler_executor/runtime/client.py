@@ -53,6 +53,7 @@ from scaler_executor.protocol.client import (
     Instruction,
     Lost,
     Received,
+    Renewed,
     Running,
     SchedulerLost,
     Send,
@@ -66,6 +67,7 @@ from scaler_executor.protocol.messages import (
     DeathReport,
     Hello,
     Message,
+    Options,
     Payload,
     ResultKind,
     TaskRow,
@@ -101,11 +103,14 @@ class Cluster(Protocol):
     socket: socket.socket
     death_fd: int
     main: MainDefinitions
+    #: For each function, where it is not the cluster's own.
+    cancel_grace_s: float | None
     #: Whether a client's thread waits for its end.
     has_owner: bool
 
-    def start(self) -> None:
-        """Have workers started from now on. Called once, unless it raises."""
+    def start(self) -> Payload | None:
+        """Have workers started from now on. Called once, unless it raises. Return what they do before the first call,
+        see `worker.Setup`, if they do not know."""
 
     def join(self) -> str:
         """Wait until the processes are gone, release everything, return how they ended."""
@@ -181,7 +186,7 @@ class ClientFutureManager:
         self._start_lock = threading.RLock()
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
-        self._functions = FunctionTable(pickler, main)
+        self._functions = FunctionTable(pickler, main, options=Options(cancel_grace_s=cluster.cancel_grace_s))
         #: Ids that have not been forgotten. Under `_lock`.
         self._live_functions: set[int] = set()
         #: Under `_lock`.
@@ -212,7 +217,8 @@ class ClientFutureManager:
         self._reader = StreamReader(cluster.socket)
         self._writer = StreamWriter(cluster.socket)
         self._send = cluster.socket.send
-        self._outgoing: deque[Message] = deque([Hello("client", python=sys.version.split()[0])])
+        self._hello = Hello("client", python=sys.version.split()[0])
+        self._outgoing: deque[Message] = deque([self._hello])
         #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outgoing` or `_writer`.
         self._is_direct_possible = False
         self._is_welcome = False
@@ -284,7 +290,10 @@ class ClientFutureManager:
             if not (self._is_starting or self._is_started):
                 try:
                     self._is_starting = True
-                    self._cluster.start()
+                    setup = self._cluster.start()
+                    if setup is not None:
+                        with self._lock:
+                            self._functions.set_up(setup)
                     self._is_started = True
                 finally:
                     self._is_starting = False
@@ -749,6 +758,8 @@ class ClientFutureManager:
                 self._on_running(instruction.tasks)
             elif isinstance(instruction, Lost):
                 self._on_lost(instruction.tasks, instruction.reason)
+            elif isinstance(instruction, Renewed):
+                self._on_renewed(instruction.reason)
             elif isinstance(instruction, Broken):
                 self._on_broken(instruction.reason)
             elif isinstance(instruction, Disinherited):
@@ -811,6 +822,18 @@ class ClientFutureManager:
                     run.set_items_ready(REST, 0, ResultKind.DIED, killed)
                 elif run is not None:
                     run.set_items_ready(REST, 0, LOST, reason)
+
+    def _on_renewed(self, reason: str) -> None:
+        """Begin anew with a scheduler that knows no function."""
+        with self._lock:
+            lost = [row[0] for row in self._batch.tasks]
+            self._batch = Batch()
+            self._functions.forget_all()
+            self._live_functions.clear()
+        self._on_lost(lost, reason)
+        self._outgoing.clear()
+        self._outgoing.append(self._hello)
+        self._is_welcome = False
 
     def _on_broken(self, reason: str) -> None:
         self._refuse(lambda: _make_start_error(reason))

@@ -101,6 +101,8 @@ class EmbeddedCluster:
         self._initializer = initializer
         #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
         self._initargs = initargs
+        #: Serve knows it for all.
+        self.cancel_grace_s: float | None = None
         self._forker_pid: int | None = None
         #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
         self._lock = threading.RLock()

@@ -10,12 +10,13 @@ from collections import OrderedDict
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, NamedTuple
 
-from scaler_executor.protocol.messages import CallStyle, Function, Payload
+from scaler_executor.protocol.messages import CallStyle, Function, Options, Payload
 from scaler_executor.runtime.calls import CallPickler, name_of
 from scaler_executor.runtime.namespace import NO_NEEDS, Definition, MainDefinitions, Needs
 
 MAX_FUNCTIONS: Final = 512
 MAX_FUNCTION_BYTES: Final = 64 << 20
+NO_OPTIONS: Final = Options()
 
 
 class PreparedFunction(NamedTuple):
@@ -84,6 +85,7 @@ class FunctionTable:
         *,
         max_functions: int = MAX_FUNCTIONS,
         max_bytes: int = MAX_FUNCTION_BYTES,
+        options: Options = NO_OPTIONS,
     ) -> None:
         self._pickler = pickler
         self._main = main
@@ -100,6 +102,14 @@ class FunctionTable:
         self._newest: dict[str, Definition] = {}
         self._total_bytes = 0
         self._last_id = 0
+        self._options = options
+        #: What workers do first, and its id once it is registered; None: nothing.
+        self._setup: Payload | None = None
+        self._setup_id = 0
+
+    def set_up(self, payload: Payload) -> None:
+        """Have workers do this before the first call, see `worker.Setup`."""
+        self._setup = payload
 
     def find_call(self, function: Any) -> KnownFunction | None:
         """Return the entry of a function of style CALL that is known by identity. Needs no lock, but then `is_known`
@@ -138,7 +148,7 @@ class FunctionTable:
         function, style, name, blob, _ = prepared
         definitions = needs.definitions
         if blob is None:
-            if not definitions:
+            if not definitions and self._setup is None:
                 return 0, [], []
             blob = b""
         if function is not None:
@@ -156,7 +166,8 @@ class FunctionTable:
             return entry.function_id, [], []
         messages: list[Function] = []
         forgotten: list[int] = []
-        ids = [self._define(definition, key, messages, forgotten) for definition in definitions]
+        ids = self._register_setup(messages)
+        ids += [self._define(definition, key, messages, forgotten) for definition in definitions]
         self._last_id += 1
         entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs)
         if function is not None and style is CallStyle.CALL:
@@ -164,8 +175,18 @@ class FunctionTable:
         self._total_bytes += entry.size_bytes
         forgotten += self._evict()
         entry.was_used = False  # it was True for the eviction, which thus could not take it
-        messages.append(Function(entry.function_id, name, blob, int(style), needs=ids))  # type: ignore[arg-type]
+        messages.append(Function(entry.function_id, name, blob, int(style), self._options, ids))  # type: ignore[arg-type]
         return entry.function_id, messages, forgotten
+
+    def _register_setup(self, messages: list[Function]) -> list[int]:
+        """Return the id of what workers do first, in a list; have it sent if it is new."""
+        if self._setup is None:
+            return []
+        if not self._setup_id:
+            self._last_id += 1
+            self._setup_id = self._last_id
+            messages.append(Function(self._setup_id, "", self._setup, int(CallStyle.SETUP)))  # type: ignore[arg-type]
+        return [self._setup_id]
 
     def _define(self, definition: Definition, key: Any, messages: list[Function], forgotten: list[int]) -> int:
         """Return a definition's id, for the entry `key`; have it sent if it is new, and older ones forgotten."""
@@ -192,6 +213,13 @@ class FunctionTable:
             if entry.function is not None and entry.function.__module__ == "__main__":
                 forgotten += self._drop(key)
         return forgotten
+
+    def forget_all(self) -> None:
+        """Forget everything: the other side knows nothing any more. Ids are not used again."""
+        for key in list(self._entries):
+            self._drop(key)
+        self._newest.clear()
+        self._setup_id = 0
 
     def _drop(self, key: Any) -> list[int]:
         """Forget a function and what only it needs. Return the ids."""

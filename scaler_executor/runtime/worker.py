@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import FrameType, ModuleType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypedDict
 
 from scaler_executor.errors import TaskInterrupted
 from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
@@ -108,6 +108,18 @@ class WorkerConfig:
     name: str = "scaler-worker"
 
 
+class Setup(TypedDict):
+    """What a worker that a client has not started itself does once, before the client's first call: the payload of a
+    function of style SETUP."""
+
+    #: As in `WorkerConfig`.
+    initializer_pickle: bytes | None
+    definitions: list[tuple[str, int, list[bytes]]]
+    argv: list[str]
+    #: Added behind the worker's own.
+    sys_path: list[str]
+
+
 def worker_main(
     call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
 ) -> NoReturn:
@@ -143,6 +155,8 @@ class Worker:
         self._armed = 0
         #: Set by the handler: the worker ends after this call.
         self._was_interrupted = False
+        #: The client's own wishes have been fulfilled, see `Setup`.
+        self._is_set_up = False
         #: A call forked and this is the child: it ends instead of returning into the loop.
         self._is_fork = False
         #: Functions as they arrived, by id; unpickled when first called, as part of that call.
@@ -168,24 +182,47 @@ class Worker:
         self._socket.setblocking(True)
         try:
             _take_over_process(config)
-            for name, version, buffers in config.definitions:
-                self._main.put(name, version, Frames(buffers))
-            if config.initializer_pickle is not None:
-                self._main.apply()
-                config.initializer, config.initargs = _loads(config.initializer_pickle)
-            if config.initializer is not None:
-                config.initializer(*config.initargs)
+            self._initialize(config.definitions, config.initializer_pickle)
         except BaseException as error:
-            self._exit_if_fork(error)
-            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
-            self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
-            self._ring()
-            os._exit(1)
+            self._start_failed(error)
         self._exit_if_fork(None)
         _flush_streams()
         self._write(_pack(0, 0, 0, 0, RECORD_READY))
         self._ring()
+
+    def _initialize(self, definitions: list[tuple[str, int, list[bytes]]], initializer_pickle: bytes | None) -> None:
+        """Run the initializer, if there is one."""
+        config = self._config
+        for name, version, buffers in definitions:
+            self._main.put(name, version, Frames(buffers))
+        if initializer_pickle is not None:
+            self._main.apply()
+            config.initializer, config.initargs = _loads(initializer_pickle)
+        if config.initializer is not None:
+            config.initializer(*config.initargs)
+
+    def _set_up(self, payload: Payload) -> None:
+        """Make ready for a client that has not started this process: what it wants done once, before its first call."""
+        if self._is_set_up:
+            return  # it has been forgotten by the agent, and sent again
+        self._is_set_up = True
+        try:
+            setup: Setup = loads_value(payload)
+            sys.path += [entry for entry in setup["sys_path"] if entry not in sys.path]
+            sys.argv[:] = setup["argv"]
+            self._initialize(setup["definitions"], setup["initializer_pickle"])
+        except BaseException as error:
+            self._start_failed(error)
+        self._exit_if_fork(None)
+
+    def _start_failed(self, error: BaseException) -> NoReturn:
+        """Say that the initializer has failed, and end."""
+        self._exit_if_fork(error)
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
+        self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
+        self._ring()
+        os._exit(1)
 
     def run(self) -> None:
         """Serve messages until the socket ends or a call was interrupted."""
@@ -212,6 +249,9 @@ class Worker:
         for function in message.functions:
             if function.style == CallStyle.DEFINITION:
                 self._main.put(function.name, function.version, function.blob)  # type: ignore[arg-type]
+                continue
+            if function.style == CallStyle.SETUP:
+                self._set_up(function.blob)  # type: ignore[arg-type]
                 continue
             self._functions[function.function_id] = function
             if function.style == CallStyle.MAP:
