@@ -42,9 +42,11 @@ TYPE_CHECKING = False  # not from `typing`, whose import would cost more than al
 if TYPE_CHECKING:
     from typing import Any
 
+    from scaler_executor.errors import AuthenticationError as AuthenticationError
     from scaler_executor.errors import RemoteError as RemoteError
     from scaler_executor.errors import SchedulerLostError as SchedulerLostError
     from scaler_executor.errors import TaskInterrupted as TaskInterrupted
+    from scaler_executor.errors import VersionMismatchError as VersionMismatchError
     from scaler_executor.errors import WorkerDiedError as WorkerDiedError
     from scaler_executor.errors import WorkerStartError as WorkerStartError
     from scaler_executor.executor import ScalerExecutor as ScalerExecutor
@@ -54,23 +56,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuthenticationError",
     "CancelOutcome",
     "RemoteError",
     "ScalerExecutor",
     "ScalerFuture",
     "SchedulerLostError",
     "TaskInterrupted",
+    "VersionMismatchError",
     "WorkerDiedError",
     "WorkerStartError",
 ]
 
 _HOMES = {
+    "AuthenticationError": "scaler_executor.errors",
     "CancelOutcome": "scaler_executor.future",
     "RemoteError": "scaler_executor.errors",
     "ScalerExecutor": "scaler_executor.executor",
     "ScalerFuture": "scaler_executor.future",
     "SchedulerLostError": "scaler_executor.errors",
     "TaskInterrupted": "scaler_executor.errors",
+    "VersionMismatchError": "scaler_executor.errors",
     "WorkerDiedError": "scaler_executor.errors",
     "WorkerStartError": "scaler_executor.errors",
 }

@@ -7,6 +7,7 @@ subcommand needs is imported only when it runs, so that `--help` and `--version`
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from scaler_executor import __version__
 
@@ -21,6 +22,15 @@ Run an unmodified Python program in which concurrent.futures.ProcessPoolExecutor
 without us: its arguments, standard input, exit code and Ctrl-C. What stands behind PROGRAM, COMMAND or MODULE belongs
 to the program.
 """
+_SERVE_DESCRIPTION = """\
+Host a cluster: a scheduler, and workers on this machine. Whoever has its connection file, and only they, can run calls
+on it, as the user who serves; carry the file to another machine to use the cluster from there, or to join it with that
+machine's workers.
+
+SIGINT or SIGTERM: new calls are refused, queued ones handed back, running ones get --grace seconds; a second one stops
+them. Exit codes: 0 when nothing was cut short, 1 when something was, 2 when it could not start.
+"""
+
 _RUN_EXAMPLE = """\
 example:
   scaler-executor run report.py --year 2024       a file, or a directory or archive with a __main__.py
@@ -56,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(subcommands)
     _add_run(subcommands)
+    _add_serve(subcommands)
+    _add_keygen(subcommands)
     return parser
 
 
@@ -115,4 +127,110 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def _add_serve(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = subcommands.add_parser(
+        "serve",
+        help="host a cluster, or join one with this machine's workers",
+        description=_SERVE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("--bind", metavar="tcp://HOST:PORT", help="where to listen (default: loopback)")
+    serve.add_argument("--join", type=Path, metavar="FILE", help="join the cluster of this connection file instead")
+    serve.add_argument("--workers", type=_not_negative, metavar="N", help="workers here (default: the usable CPUs)")
+    serve.add_argument("--connection-file", type=Path, metavar="PATH", help="where to write it")
+    serve.add_argument("--name", metavar="NAME", help="of the cluster, or of the machine that joins")
+    serve.add_argument("--preload", nargs="+", default=[], metavar="MODULE", help="what workers find imported")
+    serve.add_argument(
+        "--grace", type=_seconds, default=30.0, metavar="S", help="what runs at the end may take so long"
+    )
+    serve.add_argument(
+        "--log-level",
+        default="warning",
+        choices=["debug", "info", "warning", "error"],
+        metavar="L",
+        help="debug, info, warning or error",
+    )
+    serve.set_defaults(run=_run_serve)
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    from scaler_executor import serving
+    from scaler_executor.runtime.security import ConfigurationError
+
+    try:
+        if arguments.join is not None:
+            refused = [name for name in ("bind", "connection_file") if getattr(arguments, name) is not None]
+            if refused:
+                option = "--" + refused[0].replace("_", "-")
+                raise ConfigurationError(
+                    f"{option} does not go with --join: the connection file says where the cluster is"
+                )
+            return serving.join(
+                arguments.join,
+                workers=arguments.workers,
+                name=arguments.name,
+                preload=arguments.preload,
+                grace_s=arguments.grace,
+                log_level=arguments.log_level,
+            )
+        return serving.serve(
+            bind=arguments.bind,
+            workers=arguments.workers,
+            connection_file=arguments.connection_file,
+            name=arguments.name,
+            preload=arguments.preload,
+            grace_s=arguments.grace,
+            log_level=arguments.log_level,
+        )
+    except ConfigurationError as error:
+        print(f"scaler-executor serve: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_keygen(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    keygen = subcommands.add_parser(
+        "keygen",
+        help="let somebody else use a served cluster, or no more",
+        description="Make another connection file for a cluster that is served here, with a key of its own; revoke one;"
+        " or list those that there are.",
+    )
+    keygen.add_argument("who", nargs="?", metavar="NAME", help="whose key it is")
+    keygen.add_argument("--cluster", default="default", metavar="NAME", help="as given to serve --name")
+    keygen.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: NAME.connection.json)")
+    keygen.add_argument("--address", metavar="tcp://HOST:PORT", help="as which they reach it, if not as serve listens")
+    keygen.add_argument("--revoke", action="store_true", help="end what this key gives access to, at once")
+    keygen.set_defaults(run=_run_keygen)
+
+
+def _run_keygen(arguments: argparse.Namespace) -> int:
+    from scaler_executor import serving
+    from scaler_executor.runtime.security import ConfigurationError
+
+    try:
+        if arguments.who is None:
+            serving.list_keys(arguments.cluster)
+        elif arguments.revoke:
+            serving.revoke(arguments.cluster, arguments.who)
+        else:
+            serving.keygen(arguments.cluster, arguments.who, output=arguments.output, address=arguments.address)
+    except ConfigurationError as error:
+        print(f"scaler-executor keygen: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return number

@@ -21,3 +21,8 @@ class DefaultTimeout(Enum):
 
 
 DEFAULT_TIMEOUT: Final = DefaultTimeout.DEFAULT
+
+#: Seconds in which a served cluster has to let an executor in.
+CONNECT_TIMEOUT_S: Final = 10.0
+#: Environment variable that names the connection file of the cluster to use.
+ADDRESS_VARIABLE: Final = "SCALER_EXECUTOR_ADDRESS"

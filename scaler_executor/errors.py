@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from scaler_executor._broken_pool import WorkerDiedError as WorkerDiedError
     from scaler_executor._broken_pool import WorkerStartError as WorkerStartError
 
-__all__ = ["RemoteError", "SchedulerLostError", "TaskInterrupted", "WorkerDiedError", "WorkerStartError"]
+__all__ = [
+    "AuthenticationError",
+    "RemoteError",
+    "SchedulerLostError",
+    "TaskInterrupted",
+    "VersionMismatchError",
+    "WorkerDiedError",
+    "WorkerStartError",
+]
 
 
 class TaskInterrupted(KeyboardInterrupt):
@@ -47,6 +55,18 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}"
+
+
+class AuthenticationError(ConnectionError):
+    """A served cluster does not let this client in, or is not the one that the connection file is of."""
+
+    __module__ = "scaler_executor"
+
+
+class VersionMismatchError(ConnectionError):
+    """A served cluster speaks another version of the protocol, or runs another version of Python; names both."""
+
+    __module__ = "scaler_executor"
 
 
 def __getattr__(name: str) -> Any:

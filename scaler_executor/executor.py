@@ -7,6 +7,7 @@ It checks arguments as ProcessPoolExecutor does, in its words, and decides which
 from __future__ import annotations
 
 import operator
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,14 @@ from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from scaler_executor.defaults import CANCEL_GRACE_S, CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT, DefaultTimeout
+from scaler_executor.defaults import (
+    ADDRESS_VARIABLE,
+    CANCEL_GRACE_S,
+    CANCEL_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    DEFAULT_TIMEOUT,
+    DefaultTimeout,
+)
 from scaler_executor.runtime import exiting as exiting  # first of all, see there
 from scaler_executor.runtime.cluster import EmbeddedCluster
 from scaler_executor.runtime.platform import cpu_count_usable
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import ParamSpec, Self
 
     from scaler_executor.future import ScalerFuture
+    from scaler_executor.runtime.remote import RemoteCluster
 
     P = ParamSpec("P")
 
@@ -55,7 +64,16 @@ class ScalerExecutor(Executor):
         cancel_timeout: Seconds that `ScalerFuture.cancel` waits by default, None for no limit.
         cancel_grace: Seconds that a cancelled call has to unwind before its process group is killed; 0: none.
 
+        address: The connection file of a cluster that `scaler-executor serve` hosts: calls run there. None for the one
+            that the environment variable SCALER_EXECUTOR_ADDRESS names; without it, for workers of this process's own.
+            `max_workers` then limits how many of this executor's calls run at once (None: not at all), `mp_context` has
+            no effect, and `initializer` is called in each worker before its first call for this executor. `shutdown`
+            ends this executor's calls, never the cluster.
+        connect_timeout: Seconds in which the cluster has to let this executor in.
+
     Raises:
+        ConnectionError: The cluster could not be reached; as AuthenticationError if it refuses the key or has another
+            one, as VersionMismatchError if it speaks another version of the protocol or runs another Python.
         ValueError: As ProcessPoolExecutor; also for a negative `cancel_timeout` or `cancel_grace`.
         TypeError: As ProcessPoolExecutor.
         OSError: The processes could not be started.
@@ -71,11 +89,13 @@ class ScalerExecutor(Executor):
         max_tasks_per_child: int | None = None,
         cancel_timeout: float | None = CANCEL_TIMEOUT_S,
         cancel_grace: float = CANCEL_GRACE_S,
+        address: str | os.PathLike[str] | None = None,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        if max_workers is None:
-            max_workers = cpu_count_usable()
-        elif max_workers <= 0:
+        if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
+        if address is None:
+            address = os.environ.get(ADDRESS_VARIABLE) or None
         start_method = _resolve_start_method(mp_context, max_tasks_per_child)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -84,7 +104,7 @@ class ScalerExecutor(Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             elif max_tasks_per_child <= 0:
                 raise ValueError("max_tasks_per_child must be >= 1")
-            if start_method == "fork":
+            if start_method == "fork" and address is None:
                 raise ValueError(
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method;"
                     " supply a different mp_context."
@@ -93,13 +113,31 @@ class ScalerExecutor(Executor):
             raise ValueError("cancel_timeout must be >= 0")
         if cancel_grace < 0:
             raise ValueError("cancel_grace must be >= 0")
+        if not connect_timeout > 0:
+            raise ValueError("connect_timeout must be > 0")
         # Plain numbers from here on, whatever numpy or a configuration gave.
-        max_workers = operator.index(max_workers)
-        self._max_workers = max_workers
+        max_workers = None if max_workers is None else operator.index(max_workers)
         self._start_method = start_method
-        cluster = EmbeddedCluster(
-            max_workers, start_method, initializer, initargs, max_tasks_per_child, float(cancel_grace)
-        )
+        cluster: EmbeddedCluster | RemoteCluster
+        if address is None:
+            self._max_workers = cpu_count_usable() if max_workers is None else max_workers
+            cluster = EmbeddedCluster(
+                self._max_workers, start_method, initializer, initargs, max_tasks_per_child, float(cancel_grace)
+            )
+        else:
+            from scaler_executor.runtime.remote import RemoteCluster
+            from scaler_executor.runtime.security import resolve
+
+            cluster = RemoteCluster(
+                resolve(address),
+                max_workers,
+                initializer,
+                initargs,
+                max_tasks_per_child,
+                float(cancel_grace),
+                float(connect_timeout),
+            )
+            self._max_workers = max(1, cluster.workers) if max_workers is None else max_workers
         try:
             from scaler_executor.runtime.client import ClientFutureManager
 

@@ -260,6 +260,7 @@ class AgentState:
         """Forget all calls and clients: their numbers may come again and mean others. Room is offered when the old
         workers are gone."""
         self._fence_at = None
+        self._hiring.draining = self._drained = False
         self._output.said_capacity = 0
         self._calls.forget_all()
         self._functions.clear()

@@ -75,7 +75,11 @@ class Encoder:
 
     def pack(self, message: Message) -> list[Any]:
         """Return the buffers that make up `message` on a stream, one behind the other."""
-        header, frames = self.encode(message)
+        return self.join(*self.encode(message))
+
+    @staticmethod
+    def join(header: Any, frames: list[Any]) -> list[Any]:
+        """Return the buffers that make up an encoded message on a stream."""
         if not frames:
             return [PREFIX.pack(len(header), 0) + header]
         lengths = b"".join([FRAME_LENGTH.pack(len(frame)) for frame in frames])

@@ -180,7 +180,8 @@ class LinkState:
         assert nonce
         self._nonce = nonce
         self._connects = connects
-        self._lease_s = lease_s
+        #: May be changed while the link is UP.
+        self.lease_s = lease_s
         self._resend_bytes = resend_bytes
         self._beat_s = beat_s
         self._silence_s = silence_s
@@ -334,7 +335,7 @@ class LinkState:
 
     def _greet(self, link: LinkState) -> None:
         if self._lease_due is None:
-            self._lease_due = self.heard_at + self._lease_s
+            self._lease_due = self.heard_at + self.lease_s
         self._ack_due = None
         self._connected_at = self._now
         self._quickest_s = None
@@ -345,7 +346,7 @@ class LinkState:
 
     def _cut(self, link: LinkState) -> None:
         if self._lease_due is None:
-            self._lease_due = self.heard_at + self._lease_s
+            self._lease_due = self.heard_at + self.lease_s
         self._ack_due = None
         self._become(DOWN, "DISCONNECTED", f"epoch {self._epoch}")
 
@@ -436,7 +437,7 @@ class LinkState:
             self._resized_at = self._now
 
     def _lease_over(self, link: LinkState) -> None:
-        self._lose(f"it could not be reached for {self._lease_s:g} s")
+        self._lose(f"it could not be reached for {self.lease_s:g} s")
 
     # What cells do
 

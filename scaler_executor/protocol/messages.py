@@ -79,6 +79,7 @@ class ResultKind(IntEnum):
     ERROR = 1  # pickle of an exception, of one item
     DIED = 2  # msgpack of a `DeathReport`: the worker died in this item
     BROKEN = 3  # utf-8 text: no worker can be started, and why
+    LOST = 4  # utf-8 text: it was not started, and will not be: why
 
 
 class CallStyle(IntEnum):
@@ -169,6 +170,7 @@ class Hello(Message, tag=1):
     name: str = ""
     session: bytes = b""  # names the session to resume; empty for a new one
     max_running: int | None = None  # at most so many of this client's calls at once
+    max_items_per_worker: int | None = None  # a worker is replaced after so many calls of this client
 
 
 class Welcome(Message, tag=2):
@@ -176,6 +178,7 @@ class Welcome(Message, tag=2):
 
     peer_id: int
     version: int = PROTOCOL_VERSION
+    workers: int = 0  # of all agents, at the moment
 
 
 class RefusalKind(IntEnum):

@@ -39,7 +39,7 @@ from scaler_executor.protocol.messages import (
     WorkersBroken,
 )
 from scaler_executor.protocol.scheduler_assignment import Assignment
-from scaler_executor.protocol.scheduler_events import Drop, Event, Instruction, PeerLost, Received, Send, Tick
+from scaler_executor.protocol.scheduler_events import Drain, Drop, Event, Instruction, PeerLost, Received, Send, Tick
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import CANCELING, FENCING, QUEUED, RECALLING, Agent, Client, Task
 from scaler_executor.protocol.scheduler_tasks import CANCELED, EVENTS, FAILED, NOT_FOUND, STATES, TABLE, SchedulerTasks
@@ -66,6 +66,8 @@ class SchedulerState:
         #: When the tasks in FENCING are decided: [(deadline, [Task])], earliest first.
         self._fences: list[tuple[float, list[Task]]] = []
         self._last_client_id = 0
+        #: Why nothing is started any more, or None.
+        self._closing: str | None = None
         #: Answers that matched no task, attempt or request: normal after lost races.
         self.stale = 0
 
@@ -83,6 +85,8 @@ class SchedulerState:
                 self._peer_lost(event.peer, f"broke the protocol: {error}", stopped=False)
         elif isinstance(event, PeerLost):
             self._peer_lost(event.peer, event.reason, event.stopped, event.unheard_s)
+        elif isinstance(event, Drain):
+            self._drain(event.reason)
         elif isinstance(event, Tick):
             pass
         else:
@@ -90,6 +94,8 @@ class SchedulerState:
         while self._fences and self._fences[0][0] <= now:
             for task in self._fences.pop(0)[1]:
                 self._tasks.step(task, "FENCE_DUE")
+        if self._closing is not None:
+            self._give_back(self._closing)
         self._assignment.pump()
         if len(self._assignment.agents) > 1:
             for task in self._assignment.to_recall(self._tasks.by_id):
@@ -165,8 +171,9 @@ class SchedulerState:
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
             self._last_client_id += 1
+            workers = sum(agent.workers for agent in self._assignment.agents)
             self._peers[peer_id] = Client(peer_id, self._last_client_id)
-            self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id)))
+            self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id, workers=workers)))
         elif message.role == "agent":
             agent = self._peers[peer_id] = Agent(peer_id, message.name)
             self._assignment.agents.append(agent)
@@ -193,6 +200,17 @@ class SchedulerState:
                     self._fences, (self._output.now + max(0.0, FENCE_S - unheard_s), fenced), key=lambda fence: fence[0]
                 )
             self._check_broken()
+
+    def _drain(self, reason: str) -> None:
+        self._closing = reason
+        self._output.instructions += [Send(agent.peer, Bye()) for agent in self._assignment.agents]
+
+    def _give_back(self, reason: str) -> None:
+        """Give what is queued back to the clients."""
+        for client in list(self._assignment.ready):
+            for task in list(client.queue):
+                if task.state == QUEUED:
+                    self._tasks.fail(task, ResultKind.LOST, reason)
 
     def _client_lost(self, client: Client) -> None:
         client.gone = True
@@ -240,8 +258,9 @@ class SchedulerState:
             if used is None:
                 raise RemoteProtocolError(f"task {no} names function {function_id}, which is not known")
             client.last_no = last_no
-            if client.broken is not None:
-                client.results.append((no, 0, items, ResultKind.BROKEN, client.broken.encode()))
+            if client.broken is not None or self._closing is not None:
+                kind = ResultKind.LOST if client.broken is None else ResultKind.BROKEN
+                client.results.append((no, 0, items, kind, (client.broken or self._closing or "").encode()))
                 self._output.touched[client] = None
                 continue
             task = tasks[base + no] = Task(base + no, client, no, 0, items, 0, used, payload)
@@ -355,7 +374,7 @@ class SchedulerState:
             client.broken = reason
             self._output.instructions.append(Send(client.peer, WorkersBroken(client.client_id, reason)))
             for task in [task for task in client.queue if task.state == QUEUED]:
-                self._tasks.fail_broken(task, reason)
+                self._tasks.fail(task, ResultKind.BROKEN, reason)
             client.queue.clear()
 
     def _check_broken(self) -> None:
@@ -371,6 +390,7 @@ __all__ = [
     "FENCE_S",
     "STATES",
     "TABLE",
+    "Drain",
     "Drop",
     "Event",
     "Instruction",

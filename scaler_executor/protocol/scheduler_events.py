@@ -32,11 +32,17 @@ class PeerLost(msgspec.Struct):
     unheard_s: float = 0.0
 
 
+class Drain(msgspec.Struct):
+    """Start nothing more: what is queued, and what comes, is given back to its client with this reason."""
+
+    reason: str
+
+
 class Tick(msgspec.Struct):
     """Time has passed, see `next_deadline`."""
 
 
-Event: TypeAlias = Received | PeerLost | Tick
+Event: TypeAlias = Received | PeerLost | Drain | Tick
 
 
 # Instructions

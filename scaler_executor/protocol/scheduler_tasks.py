@@ -68,9 +68,9 @@ class SchedulerTasks:
         task.state = RECALLING
         self._ask_agent(task, CancelKind.RECALL)
 
-    def fail_broken(self, task: Task, reason: str) -> None:
-        """Answer for a task that no worker can be started for."""
-        self._forward(task, task.start, task.open_items, ResultKind.BROKEN, reason.encode())
+    def fail(self, task: Task, kind: ResultKind, reason: str) -> None:
+        """Answer for a task that will not be started: BROKEN or LOST."""
+        self._forward(task, task.start, task.open_items, kind, reason.encode())
 
     # Cells of the table. Each takes the task and what the event carries.
 
@@ -290,7 +290,7 @@ class SchedulerTasks:
             task.attempt += 1
         task.state, task.recall_refused = QUEUED, False
         if client.broken is not None:
-            self.fail_broken(task, client.broken)
+            self.fail(task, ResultKind.BROKEN, client.broken)
             return
         client.queue.appendleft(task)
         self._assignment.line_up(client)

@@ -40,7 +40,7 @@ sys.path.insert(0, {package_home!r})
 import scaler_executor
 del sys.path[0]
 try:
-    from scaler_executor.runtime.serve import main
+    from scaler_executor.runtime.{module} import main
 except ImportError:
     main = None
 import marshal, select
@@ -62,7 +62,7 @@ size = int.from_bytes(read(8), "little")
 config = marshal.loads(read(size))
 if main is None:
     sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
-    from scaler_executor.runtime.serve import main
+    from scaler_executor.runtime.{module} import main
 main(config)
 """
 
@@ -111,7 +111,7 @@ class EmbeddedCluster:
         self.has_owner = False
         self.death_fd = -1
         lifeline: platform.Lifeline | None = None
-        placeholders = _fill_standard_descriptors()
+        placeholders = fill_standard_descriptors()
         try:
             self.socket, theirs = socket.socketpair()
             self._config_socket, their_config = socket.socketpair()
@@ -137,7 +137,7 @@ class EmbeddedCluster:
             try:
                 self._environment = dict(os.environ)
                 self._surroundings = surroundings.take()
-                self._serve_pid = _start_serve(their_config.fileno(), client_pidfd, inherited)
+                self._serve_pid = start_process("serve", their_config.fileno(), client_pidfd, inherited)
                 self.death_fd = lifeline.watch(self._serve_pid)
             finally:
                 os.close(client_pidfd)
@@ -146,7 +146,7 @@ class EmbeddedCluster:
         except BaseException:
             self.close()
             if self.death_fd < 0 and hasattr(self, "_serve_pid"):
-                _reap(self._serve_pid)
+                reap(self._serve_pid)
             raise
         finally:
             if lifeline is not None:
@@ -263,9 +263,9 @@ class EmbeddedCluster:
         poller = select.poll()
         poller.register(self.death_fd, select.POLLIN)
         poller.poll()
-        status = _reap(self._serve_pid)
+        status = reap(self._serve_pid)
         if self._forker_pid is not None:
-            _reap(self._forker_pid)
+            reap(self._forker_pid)
             self._forker_pid = None
         self.close()
         if status is None:
@@ -303,7 +303,7 @@ def _signal_handlers() -> dict[int, Any]:
     return handlers
 
 
-def _reap(pid: int) -> int | None:
+def reap(pid: int) -> int | None:
     """Wait for a child; return its exit code, negative for a signal, or None if the user's program has reaped it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -311,7 +311,7 @@ def _reap(pid: int) -> int | None:
         return None
 
 
-def _fill_standard_descriptors() -> list[int]:
+def fill_standard_descriptors() -> list[int]:
     """Open those of descriptors 0 to 2 that are closed, or ours would get these numbers and be taken for a terminal."""
     opened = []
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -327,8 +327,8 @@ def _working_directory() -> str | None:
         return None  # it has been removed
 
 
-def _start_serve(config_fd: int, client_pidfd: int, inherited: list[int]) -> int:
-    """Start a fresh interpreter with this one's flags. Return its pid.
+def start_process(module: str, config_fd: int, client_pidfd: int, inherited: list[int]) -> int:
+    """Start a fresh interpreter with this one's flags, which runs `main` of a module here. Return its pid.
 
     Not by subprocess.Popen: that waits until the write end of a pipe of its own is closed everywhere, and a process
     that
@@ -341,6 +341,7 @@ def _start_serve(config_fd: int, client_pidfd: int, inherited: list[int]) -> int
     package_home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     program = _BOOT.format(
+        module=module,
         fd=config_fd,
         client_pidfd=client_pidfd,
         package_home=package_home,

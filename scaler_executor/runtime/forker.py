@@ -15,6 +15,7 @@ As the workers' parent the forker cannot signal a stranger: a pid is reused only
 from __future__ import annotations
 
 import array
+import importlib
 import os
 import select
 import signal
@@ -488,6 +489,8 @@ def forker_main(control: socket.socket, config: WorkerConfig, creator: int, crea
     """Run the forker in this process, which has one thread. Ends it."""
     _reset_signals()
     platform.become_subreaper()
+    for name in config.preload:
+        importlib.import_module(name)
     Forker(control, config, creator, creator_pidfd).run()
 
 

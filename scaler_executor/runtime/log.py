@@ -6,6 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def debug(role: str, text: str, *args: Any) -> None:
+    """Log to `scaler_executor.ROLE` what only matters to whoever looks for a fault."""
+    import logging
+
+    logging.getLogger(f"scaler_executor.{role}").debug(text, *args)
+
+
 def warn(role: str, text: str, *args: Any) -> None:
     """Log a warning to `scaler_executor.ROLE`."""
     import logging

@@ -339,11 +339,16 @@ def signal_child(pidfd: int, pid: int, number: int) -> bool:
 
 def kill_process(pidfd: int, pid: int) -> None:
     """Kill a process, which may be reaped by now, never another with its number. See the top of the file."""
+    signal_process(pidfd, pid, signal.SIGKILL)
+
+
+def signal_process(pidfd: int, pid: int, number: int) -> None:
+    """As `kill_process`, with any signal."""
     try:
         if not PORTABLE:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd, number)
         elif not has_ended(pidfd):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
     except ProcessLookupError:
         pass
 

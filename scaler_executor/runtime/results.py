@@ -54,10 +54,10 @@ def read_failure(kind: int, payload: Payload | str, call_name: str) -> BaseExcep
 
         assert isinstance(payload, bytes)
         return WorkerStartError(payload.decode("utf-8", "replace"))
-    if kind == LOST:
+    if kind in (LOST, ResultKind.LOST):
         from scaler_executor.errors import SchedulerLostError
 
-        return SchedulerLostError(payload)
+        return SchedulerLostError(payload if isinstance(payload, str) else bytes(payload).decode("utf-8", "replace"))  # type: ignore[arg-type]
     raise AssertionError(f"result of kind {kind}")
 
 

@@ -21,13 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-#: Environment variable with the address of the cluster to use.
-ADDRESS_VARIABLE: Final = "SCALER_EXECUTOR_ADDRESS"
-
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
-class ConfigurationError(Exception):
+class ConfigurationError(ValueError):
     """A file or an address is not as it has to be; says what to do."""
 
 

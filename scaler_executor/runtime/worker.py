@@ -104,6 +104,8 @@ class WorkerConfig:
     descriptors: list[int] = field(default_factory=list)
     #: What multiprocessing is told.
     identity: Identity = field(default_factory=Identity)
+    #: Modules that the forker imports, for all.
+    preload: list[str] = field(default_factory=list)
     #: What `ps` shows; at most 15 bytes count.
     name: str = "scaler-worker"
 

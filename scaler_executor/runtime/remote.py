@@ -1,0 +1,214 @@
+"""A served cluster, as a client sees it: the relay process that leads there.
+
+It looks to the client like an embedded one (`runtime.cluster`): a socket, and a process whose end is the end.
+"""
+
+from __future__ import annotations
+
+import getpass
+import marshal
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+import msgspec
+
+from scaler_executor.errors import AuthenticationError, VersionMismatchError
+from scaler_executor.protocol.messages import Frames, Payload, RefusalKind
+from scaler_executor.runtime import platform
+from scaler_executor.runtime.cluster import fill_standard_descriptors, reap, start_process
+from scaler_executor.runtime.security import Connection
+
+#: Beyond its own limit, the relay may take so long to start.
+START_S: Final = 10.0
+
+
+class RemoteCluster:
+    """The way to a served cluster.
+
+    Args:
+        connection: Where it is, and with which keys.
+        max_running: So many calls at once; None: no limit.
+        initializer, initargs: Run in each worker before its first call for this client.
+        max_tasks_per_child: A worker is replaced after so many calls; None: never.
+        cancel_grace_s: Time for a cancelled call to unwind before its process is killed.
+        connect_timeout_s: How long it may take to be let in.
+
+    Raises:
+        ConnectionError: It could not be reached in time.
+        AuthenticationError: One of the keys is wrong.
+        VersionMismatchError: It speaks another version of the protocol, or runs another Python.
+        OSError: A process or descriptor could not be made.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        max_running: int | None,
+        initializer: Callable[..., Any] | None,
+        initargs: tuple[Any, ...],
+        max_tasks_per_child: int | None,
+        cancel_grace_s: float,
+        connect_timeout_s: float,
+    ) -> None:
+        self._initializer = initializer
+        self._initargs = initargs
+        self.cancel_grace_s: float | None = cancel_grace_s
+        self._lock = threading.RLock()
+        self._is_over = False
+        #: See `cluster.EmbeddedCluster`.
+        self.has_owner = False
+        self.death_fd = -1
+        #: Of all machines, when we were let in.
+        self.workers = 0
+        config: dict[str, Any] = {
+            "address": connection.address,
+            "server_key": connection.server_key,
+            "public_key": connection.keys.public,
+            "secret_key": connection.keys.secret,
+            "name": _client_name(),
+            "max_running": max_running,
+            "max_tasks_per_child": max_tasks_per_child,
+            "connect_timeout_s": connect_timeout_s,
+            "client_pid": os.getpid(),
+            "sys_path": [str(entry) for entry in sys.path],
+        }
+        lifeline: platform.Lifeline | None = None
+        placeholders = fill_standard_descriptors()
+        try:
+            self.socket, theirs = socket.socketpair()
+            config_socket, their_config = socket.socketpair()
+            client_pidfd = platform.watch_self()
+            try:
+                lifeline = platform.Lifeline(is_spawned=True)
+                inherited = [theirs.fileno(), their_config.fileno(), client_pidfd]
+                if lifeline.child_fd >= 0:
+                    inherited.append(lifeline.child_fd)
+                config |= {
+                    "socket_fd": theirs.fileno(),
+                    "config_fd": their_config.fileno(),
+                    "client_pidfd": client_pidfd,
+                    "lifeline_fd": lifeline.child_fd,
+                }
+                self._pid = start_process("relay", their_config.fileno(), client_pidfd, inherited)
+                self.death_fd = lifeline.watch(self._pid)
+            finally:
+                os.close(client_pidfd)
+                theirs.close()
+                their_config.close()
+            with config_socket:
+                data = marshal.dumps(config)
+                config_socket.sendall(len(data).to_bytes(8, "little") + data)
+                self._await_welcome(config_socket, connection.address, connect_timeout_s)
+        except BaseException:
+            self.kill()
+            if self.death_fd >= 0:
+                reap(self._pid)
+            self.close()
+            raise
+        finally:
+            if lifeline is not None:
+                lifeline.close()
+            for fd in placeholders:
+                os.close(fd)
+        self.socket.setblocking(False)
+        from scaler_executor.runtime.namespace import MainDefinitions
+
+        self.main = MainDefinitions()
+
+    def start(self) -> Payload | None:
+        """Return what workers do before the first call, out of this process as it is now.
+
+        Raises:
+            Exception: What pickling the initializer raised.
+        """
+        from scaler_executor.runtime.calls import CallPickler
+
+        names: set[str] = set()
+        initializer_pickle = None
+        if self._initializer is not None:
+            initializer_pickle = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
+        definitions = [
+            (
+                definition.name,
+                definition.version,
+                [bytes(part) for part in getattr(definition.payload, "buffers", [definition.payload])],
+            )
+            for definition in self.main.needs(names).definitions
+        ]
+        setup = {
+            "initializer_pickle": initializer_pickle,
+            "definitions": definitions,
+            "argv": [str(argument) for argument in getattr(sys, "argv", [])],
+            "sys_path": [os.path.abspath(entry) for entry in map(str, sys.path)],
+        }
+        return Frames([pickle.dumps(setup, 5)])
+
+    def join(self) -> str:
+        """Wait until the relay is gone, reap it and close the descriptors. Return how it ended, in words."""
+        with self._lock:
+            self._is_over = True
+        poller = select.poll()
+        poller.register(self.death_fd, select.POLLIN)
+        poller.poll()
+        status = reap(self._pid)
+        self.close()
+        if status is not None and status < 0:
+            return f"the process that leads to the scheduler was killed by signal {-status}"
+        return "the connection to the scheduler has ended"
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        end = getattr(self, "socket", None)
+        if end is not None:
+            end.close()
+        fd, self.death_fd = self.death_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def kill(self) -> None:
+        """Have the cluster drop all that is outstanding, at once."""
+        if self.death_fd >= 0:
+            platform.signal_process(self.death_fd, self._pid, signal.SIGTERM)
+
+    def _await_welcome(self, config_socket: socket.socket, address: str, connect_timeout_s: float) -> None:
+        """Wait for the relay's word."""
+        deadline = monotonic() + connect_timeout_s + START_S
+        poller = select.poll()
+        poller.register(config_socket, select.POLLIN)
+        data = b""
+        while True:
+            if not poller.poll(max(0.0, deadline - monotonic()) * 1000):
+                raise ConnectionError(f"no connection to the scheduler at {address} within {connect_timeout_s:g} s")
+            part = config_socket.recv(4096)
+            if not part:
+                break
+            data += part
+        if not data:
+            raise ConnectionError("the process that leads to the scheduler has ended; what it wrote says why")
+        refusal, reason, self.workers = msgspec.msgpack.decode(data, type=tuple[int | None, str, int])
+        if refusal == RefusalKind.KEY:
+            raise AuthenticationError(f"the scheduler at {address} refuses this client: {reason}")
+        if refusal == RefusalKind.VERSION:
+            raise VersionMismatchError(f"the scheduler at {address} refuses this client: {reason}")
+        if refusal is not None:
+            raise ConnectionError(
+                f"no connection to the scheduler at {address} within {connect_timeout_s:g} s: {reason}"
+            )
+
+
+def _client_name() -> str:
+    """Return how people recognise this client."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    program = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) and sys.argv[0] else "python"
+    return f"{user}@{socket.gethostname()} {program} {os.getpid()}"
