@@ -5,6 +5,7 @@ The processes themselves are `scaler_executor.runtime.host`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import os
@@ -14,7 +15,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from scaler_executor.runtime.platform import cpu_count_usable
 from scaler_executor.runtime.security import (
@@ -27,6 +28,8 @@ from scaler_executor.runtime.security import (
 )
 
 if TYPE_CHECKING:
+    import zmq
+
     from scaler_executor.runtime.host import Workers
 
 #: Tried first by a cluster that has had no port yet.
@@ -244,18 +247,16 @@ def _checked(address: str) -> str:
         raise ConfigurationError(str(error)) from None
 
 
-def _explain(address: str, error: Any) -> str:
+def _explain(address: str, error: zmq.ZMQError) -> str:
     """Say why an address cannot be bound."""
-    import zmq
-
     reasons = {
-        zmq.EADDRINUSE: "another process listens there; choose another port, or none for a free one",
-        zmq.EADDRNOTAVAIL: "this machine has no such address",
-        zmq.EACCES: "this user may not listen there; choose a port from 1024 on",
-        zmq.ENODEV: "this machine has no such address; give a number, or * for all",
-        zmq.EINVAL: "it is not of the form tcp://HOST:PORT",
+        errno.EADDRINUSE: "another process listens there; choose another port, or none for a free one",
+        errno.EADDRNOTAVAIL: "this machine has no such address",
+        errno.EACCES: "this user may not listen there; choose a port from 1024 on",
+        errno.ENODEV: "this machine has no such address; give a number, or * for all",
+        errno.EINVAL: "it is not of the form tcp://HOST:PORT",
     }
-    return f"cannot listen on {address}: {reasons.get(error.errno, error.strerror)}"
+    return f"cannot listen on {address}: {reasons.get(error.errno or 0, str(error))}"
 
 
 def _reachable(address: str) -> str:

@@ -109,7 +109,8 @@ class ClusterDirectory:
         self._server_path = path / "server.json"
         self._clients = path / "clients"
         try:
-            self._clients.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._clients.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise ConfigurationError(f"cannot make {self._clients}: {error.strerror}") from None
         for directory in (path, self._clients):
