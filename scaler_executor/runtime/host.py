@@ -432,10 +432,10 @@ class AgentHost:
     def _on_lost(self, reason: str) -> None:
         self._say(f"the cluster has forgotten this machine ({reason}); it joins again")
         self._is_up = False
+        self._dialer.send(self._hello())  # before all that the agent has to say
         self._agent.handle(agent_protocol.NewEpoch())
         if self._is_leaving:
             self._agent.drain()
-        self._dialer.send(self._hello())
 
     def _on_failed(self, reason: str, is_refusal: bool) -> None:
         if self._said != reason:

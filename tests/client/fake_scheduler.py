@@ -65,6 +65,7 @@ class FakeScheduler:
         self.said_bye = threading.Event()
         self.was_killed = threading.Event()
         self.has_owner = False
+        self.cancel_grace_s: float | None = None
         self.was_started = False
         self.joined = False
         self.on_join: Callable[[], Any] = lambda: None

@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent.parent
 PROTOCOL = sorted(PACKAGE.joinpath("protocol").glob("*.py"))
 ADAPTERS = sorted(PACKAGE.glob("adapters/**/*.py"))
 #: All that the pure layer may import besides itself.
-ALLOWED = {
+ALLOWED = {"bisect", 
     "__future__",
     "collections",
     "enum",
