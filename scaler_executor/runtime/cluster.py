@@ -182,6 +182,7 @@ class EmbeddedCluster:
             self.main.inherit(inherited_main)
         from scaler_executor.runtime.identity import authkey
 
+        key = authkey()
         config: dict[str, Any] = {
             **self._config,
             "sys_path": [str(entry) for entry in sys.path],
@@ -189,7 +190,7 @@ class EmbeddedCluster:
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "environment": None if os.environ == self._environment else dict(os.environ),
             "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
-            "authkey": authkey(),
+            "authkey": key,
             "initializer_pickle": None,
             "definitions": [],
             "descriptors": 0,
@@ -207,7 +208,7 @@ class EmbeddedCluster:
         data = marshal.dumps(config)
         try:
             if self._forker_socket is not None:
-                self._fork_forker(inherited_main)
+                self._fork_forker(inherited_main, key)
             self._config_socket.sendall(len(data).to_bytes(8, "little") + data)
             if descriptors:
                 socket.send_fds(self._config_socket, [b"d"], descriptors)
@@ -218,7 +219,7 @@ class EmbeddedCluster:
             raise
         self._config_socket.close()
 
-    def _fork_forker(self, inherited_main: dict[str, Any]) -> None:
+    def _fork_forker(self, inherited_main: dict[str, Any], key: bytes) -> None:
         from scaler_executor.runtime.forker import fork_forker
         from scaler_executor.runtime.identity import Identity
         from scaler_executor.runtime.worker import WorkerConfig
@@ -231,7 +232,7 @@ class EmbeddedCluster:
                 initargs=self._initargs,
                 inherited_main=inherited_main,
                 signal_handlers=_signal_handlers(),
-                identity=Identity(parent_pid=os.getpid()),
+                identity=Identity(parent_pid=os.getpid(), authkey=key),
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])
