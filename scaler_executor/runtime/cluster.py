@@ -3,7 +3,9 @@
 This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one
 end of a pair to it. That process is started at once, and imports while its user goes on; the rest waits for the first
 call, as ProcessPoolExecutor's processes do: then the forker is forked here where workers are to be forks of the user's
-process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then.
+process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then. Where
+they are forks of serve's interpreter, and the program has meanwhile set variables that count only at an interpreter's
+start, serve begins again with these.
 
 What serve is told (its `config`) goes through a pair of its own: the arguments and the environment of a process can be
 read by others.
@@ -25,10 +27,11 @@ from scaler_executor.runtime import platform, spawning, surroundings
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
 #: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself
-#: comes from where this process has it. No configuration: nobody had a call for it.
+#: comes from where this process has it. No configuration: nobody had a call for it. An environment instead: it begins
+#: again with that, as the same process with the same descriptors.
 _BOOT: Final = """\
 import os, sys
-if {calls_setsid}:
+if {calls_setsid} and os.getsid(0) != os.getpid():
     os.setsid()
 low = 3
 for fd in {inherited!r}:
@@ -60,11 +63,17 @@ def read(size):
     return data
 size = int.from_bytes(read(8), "little")
 config = marshal.loads(read(size))
+if "begin_again_with" in config:
+    os.execve(sys.orig_argv[0], sys.orig_argv, config["begin_again_with"])
 if main is None:
     sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
     from scaler_executor.runtime.serve import main
 main(config)
 """
+
+
+#: How the names of variables begin that an interpreter, its C library or the loader looks at when a process starts.
+_LOOKED_AT_START: Final = ("PYTHON", "LC_", "LANG", "LD_", "DYLD_", "MALLOC_", "GLIBC_", "LOCPATH", "GCONV_PATH")
 
 
 class EmbeddedCluster:
@@ -183,12 +192,17 @@ class EmbeddedCluster:
         from scaler_executor.runtime.identity import authkey
 
         key = authkey()
+        environment = dict(os.environ)
+        must_begin_again = self._forker_socket is None and (
+            _looked_at_start(environment) != _looked_at_start(self._environment)
+        )
+        has_environment = must_begin_again or environment == self._environment
         config: dict[str, Any] = {
             **self._config,
             "sys_path": [str(entry) for entry in sys.path],
             "cwd": _working_directory(),
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
-            "environment": None if os.environ == self._environment else dict(os.environ),
+            "environment": None if has_environment else environment,
             "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
             "authkey": key,
             "initializer_pickle": None,
@@ -205,11 +219,14 @@ class EmbeddedCluster:
                 descriptors = [*descriptors, tracker_fd]
             config["has_tracker"] = tracker_fd is not None
             config["descriptors"] = len(descriptors)
-        data = marshal.dumps(config)
+        data = _frame(config)
+        if must_begin_again:
+            variables = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+            data = _frame({"begin_again_with": variables}) + data
         try:
             if self._forker_socket is not None:
                 self._fork_forker(inherited_main, key)
-            self._config_socket.sendall(len(data).to_bytes(8, "little") + data)
+            self._config_socket.sendall(data)
             if descriptors:
                 socket.send_fds(self._config_socket, [b"d"], descriptors)
         except ConnectionError:
@@ -286,6 +303,15 @@ class EmbeddedCluster:
         """Kill serve, at whose end the forker kills the workers."""
         if self.death_fd >= 0:
             platform.kill_process(self.death_fd, self._serve_pid)
+
+
+def _frame(config: dict[str, Any]) -> bytes:
+    data = marshal.dumps(config)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _looked_at_start(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_LOOKED_AT_START)}
 
 
 def _signal_handlers() -> dict[int, Any]:

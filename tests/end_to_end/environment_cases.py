@@ -113,6 +113,19 @@ def changed_before_the_first_call(pools: Pools) -> object:
         return seen | {"late": settle(executor, look_at_late), "relative": settle(executor, look_at_relative)}
 
 
+def interpreter_shaped_before_the_first_call(pools: Pools) -> object:
+    """Variables that count when an interpreter starts, set and removed after construction."""
+    executors = [pools(), pools(2)]
+    os.environ.update(PYTHONHASHSEED="0", PYTHONWARNINGS="error::UserWarning", PYTHONOPTIMIZE="1", LC_ALL="POSIX")
+    os.environ.update(PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="latin-1", ADDED="added \udcff")
+    del os.environ["PYTHONUTF8"]
+    seen = []
+    for executor in executors:
+        with executor:
+            seen += [settle(executor, surroundings), settle(executor, os.getenv, "ADDED")]
+    return seen
+
+
 def look_at_late() -> Any:
     import appears_late  # type: ignore[import-not-found]
 

@@ -37,6 +37,16 @@ def test_changed_before_the_first_call(start_method: str, tmp_path: Path) -> Non
     assert seen["umask"] == 0o27 and seen["time zone"] == ("JST", "JST")
 
 
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_interpreter_shaped_before_the_first_call(start_method: str, tmp_path: Path) -> None:
+    """So they do of variables that count only when an interpreter starts."""
+    environment = {"PYTHONUTF8": "1", "PYTHONHASHSEED": "7"}
+    case = cases.interpreter_shaped_before_the_first_call
+    seen = assert_alike(case, start_method, directory=tmp_path, environment=environment)
+    if start_method != "fork":
+        assert seen[0]["stdout"][0] == "iso8859-1" and not seen[0]["assertions"]
+
+
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 @pytest.mark.parametrize(
     "case",
