@@ -204,6 +204,7 @@ class EmbeddedCluster:
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "environment": None if has_environment else environment,
             "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
+            "blocked_signals": _blocked_signals(),
             "authkey": key,
             "initializer_pickle": None,
             "definitions": [],
@@ -249,6 +250,7 @@ class EmbeddedCluster:
                 initargs=self._initargs,
                 inherited_main=inherited_main,
                 signal_handlers=_signal_handlers(),
+                blocked_signals=_blocked_signals(),
                 identity=Identity(parent_pid=os.getpid(), authkey=key),
             )
             # What is this process's alone is closed there by the client's at-fork hook.
@@ -325,6 +327,11 @@ def _signal_handlers() -> dict[int, Any]:
         if handler is not None and handler != signal.SIG_DFL and number != signal.SIGINT:
             handlers[int(number)] = handler
     return handlers
+
+
+def _blocked_signals() -> list[int]:
+    """Return what this thread blocks, which makes the first call: its children would block it."""
+    return [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
 
 
 def _reap(pid: int) -> int | None:

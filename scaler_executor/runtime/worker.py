@@ -96,6 +96,8 @@ class WorkerConfig:
     inherited_main: dict[str, Any] | None = None
     #: {number: handler}, set in each worker: the forker has none of the user's.
     signal_handlers: dict[int, Any] = field(default_factory=dict)
+    #: Signals that each worker blocks: the forker blocks none.
+    blocked_signals: list[int] = field(default_factory=list)
     #: Set in each worker; None where they are inherited.
     sys_path: list[str] | None = None
     cwd: str | None = None
@@ -605,6 +607,8 @@ def _take_over_process(config: WorkerConfig) -> None:
             signal.signal(number, handler)
         except (OSError, ValueError):
             pass  # it was C code that set it, past the interpreter's own rules
+    # After the handlers. Without those by which calls are stopped.
+    signal.pthread_sigmask(signal.SIG_SETMASK, set(config.blocked_signals) - {signal.SIGINT, NUDGE})
     spawning.receive(config.descriptors)
     if config.sys_path is not None:
         sys.path[:] = config.sys_path

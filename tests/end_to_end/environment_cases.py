@@ -191,6 +191,47 @@ def signal_handlers(pools: Pools) -> object:
     return seen
 
 
+def mask() -> Any:
+    return sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+
+def mask_of_child() -> Any:
+    import subprocess
+
+    program = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+
+
+def signal_mask(pools: Pools) -> object:
+    """What the thread of the first call blocks: a program that waits for a signal by `sigwait`, say."""
+    executor = pools()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM, signal.SIGCHLD})
+    with executor:
+        seen = [settle(executor, mask), settle(executor, raise_signal, signal.SIGUSR1)]
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        return [*seen, settle(executor, mask), settle(executor, mask_of_child)]
+
+
+def unwind(fifo: str) -> None:
+    try:
+        with open(fifo, "w"):
+            pass
+        time.sleep(60)
+    finally:
+        print("unwound")
+
+
+def stop_with_all_signals_blocked(pools: Pools) -> object:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with pools() as executor:
+        fifo = os.path.join(os.environ["TMPDIR"], "fifo")
+        os.mkfifo(fifo)
+        future = executor.submit(unwind, fifo)
+        with open(fifo) as started:
+            started.read()
+        return future.cancel(), settle(executor, mask)
+
+
 def signal_handler_of_a_call(pools: Pools) -> object:
     """What a call installs, the next one finds."""
     with pools() as executor:

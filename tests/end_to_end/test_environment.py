@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,7 @@ def test_interpreter_shaped_before_the_first_call(start_method: str, tmp_path: P
         cases.changed_after_the_first_call,
         cases.set_locale,
         cases.signal_handlers,
+        cases.signal_mask,
         cases.signal_handler_of_a_call,
         cases.things_that_calls_start,
     ],
@@ -62,6 +64,15 @@ def test_interpreter_shaped_before_the_first_call(start_method: str, tmp_path: P
 def test_the_same_as_process_pool_executor(case: Callable[[Pools], object], start_method: str, tmp_path: Path) -> None:
     """Each of these programs sees the same with either executor."""
     assert_alike(case, start_method, directory=tmp_path)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_stop_with_all_signals_blocked(start_method: str, tmp_path: Path) -> None:
+    """What a worker inherits of a signal mask leaves out the signals by which its calls are stopped."""
+    found = run_case(cases.stop_with_all_signals_blocked, "ScalerExecutor", start_method, directory=tmp_path)
+    assert found.stdout == "unwound\n", found
+    is_cancelled, mask = found.seen  # type: ignore[misc]
+    assert is_cancelled and signal.SIGUSR1 in mask and signal.SIGINT not in mask
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
