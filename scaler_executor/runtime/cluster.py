@@ -25,10 +25,11 @@ from typing import Any, Final
 
 from scaler_executor.runtime import platform, spawning, surroundings
 
-#: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
-#: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself
-#: comes from where this process has it. No configuration: nobody had a call for it. An environment instead: it begins
-#: again with that, as the same process with the same descriptors.
+#: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
+#: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
+#: `zmq.py` shadows nothing that serve imports; the package itself comes from where this process has it. No
+#: configuration: nobody had a call for it. An environment instead: it begins again with that, as the same process with
+#: the same descriptors.
 _BOOT: Final = """\
 import os, sys
 if {calls_setsid} and os.getsid(0) != os.getpid():
@@ -38,7 +39,9 @@ for fd in {inherited!r}:
     os.closerange(low, fd)
     low = fd + 1
 os.closerange(low, 1 << 20)
+library = os.path.dirname(os.__file__)
 sys.path[:] = [entry for entry in sys.path if entry]
+sys.path.sort(key=lambda entry: entry not in (library, os.path.join(library, "lib-dynload")))
 sys.path.insert(0, {package_home!r})
 import scaler_executor
 del sys.path[0]
@@ -161,14 +164,26 @@ class EmbeddedCluster:
             for fd in placeholders:
                 os.close(fd)
         self.socket.setblocking(False)
-        # Imported now, while serve starts.
+        try:
+            self._import_rest()
+        except BaseException:
+            self.kill()
+            self.join()
+            raise
+
+    def _import_rest(self) -> None:
+        """Import, while serve starts, what the first call will need: nothing that the program puts into its path until
+        then is taken for it."""
+        _check_library()
         import scaler_executor.runtime.identity
         from scaler_executor.runtime.namespace import MainDefinitions
 
         #: What of `__main__` workers have, and what they are to be sent.
         self.main = MainDefinitions()
-        if start_method == "fork":
+        if self._forker_socket is not None:
             import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
+
+            platform.prepare()
 
     def start(self) -> None:
         """Have workers started from now on, out of this process as it is now.
@@ -340,6 +355,19 @@ def _reap(pid: int) -> int | None:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
         return None
+
+
+def _check_library() -> None:
+    """Say what is wrong where the user has a file of this name: some use of it would fail, far from here."""
+    import msgspec
+
+    if not hasattr(msgspec, "Struct"):
+        raise ImportError(
+            f"scaler-executor needs the library msgspec; {msgspec.__file__} was imported in its place, because of its "
+            "name",
+            name="msgspec",
+            path=msgspec.__file__,
+        )
 
 
 def _fill_standard_descriptors() -> list[int]:
