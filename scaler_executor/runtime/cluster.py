@@ -3,7 +3,9 @@
 This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one
 end of a pair to it. That process is started at once, and imports while its user goes on; the rest waits for the first
 call, as ProcessPoolExecutor's processes do: then the forker is forked here where workers are to be forks of the user's
-process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then.
+process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then. Where
+they are forks of serve's interpreter, and the program has meanwhile set variables that count only at an interpreter's
+start, serve begins again with these.
 
 What serve is told (its `config`) goes through a pair of its own: the arguments and the environment of a process can be
 read by others.
@@ -23,19 +25,23 @@ from typing import Any, Final
 
 from scaler_executor.runtime import platform, spawning, surroundings
 
-#: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. Its own
-#: path comes first, so that a user's `calls.py` or `zmq.py` shadows nothing that serve imports; the package itself
-#: comes from where this process has it. No configuration: nobody had a call for it.
+#: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
+#: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
+#: `zmq.py` shadows nothing that serve imports; the package itself comes from where this process has it. No
+#: configuration: nobody had a call for it. An environment instead: it begins again with that, as the same process with
+#: the same descriptors.
 _BOOT: Final = """\
 import os, sys
-if {calls_setsid}:
+if {calls_setsid} and os.getsid(0) != os.getpid():
     os.setsid()
 low = 3
 for fd in {inherited!r}:
     os.closerange(low, fd)
     low = fd + 1
 os.closerange(low, 1 << 20)
+library = os.path.dirname(os.__file__)
 sys.path[:] = [entry for entry in sys.path if entry]
+sys.path.sort(key=lambda entry: entry not in (library, os.path.join(library, "lib-dynload")))
 sys.path.insert(0, {package_home!r})
 import scaler_executor
 del sys.path[0]
@@ -60,11 +66,17 @@ def read(size):
     return data
 size = int.from_bytes(read(8), "little")
 config = marshal.loads(read(size))
+if "begin_again_with" in config:
+    os.execve(sys.orig_argv[0], sys.orig_argv, config["begin_again_with"])
 if main is None:
     sys.path += [entry for entry in config["sys_path"] if entry and entry not in sys.path]
     from scaler_executor.runtime.{module} import main
 main(config)
 """
+
+
+#: How the names of variables begin that an interpreter, its C library or the loader looks at when a process starts.
+_LOOKED_AT_START: Final = ("PYTHON", "LC_", "LANG", "LD_", "DYLD_", "MALLOC_", "GLIBC_", "LOCPATH", "GCONV_PATH")
 
 
 class EmbeddedCluster:
@@ -154,14 +166,26 @@ class EmbeddedCluster:
             for fd in placeholders:
                 os.close(fd)
         self.socket.setblocking(False)
-        # Imported now, while serve starts.
+        try:
+            self._import_rest()
+        except BaseException:
+            self.kill()
+            self.join()
+            raise
+
+    def _import_rest(self) -> None:
+        """Import, while serve starts, what the first call will need: nothing that the program puts into its path until
+        then is taken for it."""
+        _check_library()
         import scaler_executor.runtime.identity
         from scaler_executor.runtime.namespace import MainDefinitions
 
         #: What of `__main__` workers have, and what they are to be sent.
         self.main = MainDefinitions()
-        if start_method == "fork":
+        if self._forker_socket is not None:
             import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
+
+            platform.prepare()
 
     def start(self) -> None:
         """Have workers started from now on, out of this process as it is now.
@@ -185,14 +209,21 @@ class EmbeddedCluster:
             self.main.inherit(inherited_main)
         from scaler_executor.runtime.identity import authkey
 
+        key = authkey()
+        environment = dict(os.environ)
+        must_begin_again = self._forker_socket is None and (
+            _looked_at_start(environment) != _looked_at_start(self._environment)
+        )
+        has_environment = must_begin_again or environment == self._environment
         config: dict[str, Any] = {
             **self._config,
             "sys_path": [str(entry) for entry in sys.path],
             "cwd": _working_directory(),
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
-            "environment": None if os.environ == self._environment else dict(os.environ),
+            "environment": None if has_environment else environment,
             "surroundings": surroundings.changes(self._surroundings, surroundings.take()),
-            "authkey": authkey(),
+            "blocked_signals": _blocked_signals(),
+            "authkey": key,
             "initializer_pickle": None,
             "definitions": [],
             "descriptors": 0,
@@ -207,11 +238,14 @@ class EmbeddedCluster:
                 descriptors = [*descriptors, tracker_fd]
             config["has_tracker"] = tracker_fd is not None
             config["descriptors"] = len(descriptors)
-        data = marshal.dumps(config)
+        data = _frame(config)
+        if must_begin_again:
+            variables = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+            data = _frame({"begin_again_with": variables}) + data
         try:
             if self._forker_socket is not None:
-                self._fork_forker(inherited_main)
-            self._config_socket.sendall(len(data).to_bytes(8, "little") + data)
+                self._fork_forker(inherited_main, key)
+            self._config_socket.sendall(data)
             if descriptors:
                 socket.send_fds(self._config_socket, [b"d"], descriptors)
         except ConnectionError:
@@ -221,7 +255,7 @@ class EmbeddedCluster:
             raise
         self._config_socket.close()
 
-    def _fork_forker(self, inherited_main: dict[str, Any]) -> None:
+    def _fork_forker(self, inherited_main: dict[str, Any], key: bytes) -> None:
         from scaler_executor.runtime.forker import fork_forker
         from scaler_executor.runtime.identity import Identity
         from scaler_executor.runtime.worker import WorkerConfig
@@ -234,7 +268,8 @@ class EmbeddedCluster:
                 initargs=self._initargs,
                 inherited_main=inherited_main,
                 signal_handlers=_signal_handlers(),
-                identity=Identity(parent_pid=os.getpid()),
+                blocked_signals=_blocked_signals(),
+                identity=Identity(parent_pid=os.getpid(), authkey=key),
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])
@@ -290,6 +325,15 @@ class EmbeddedCluster:
             platform.kill_process(self.death_fd, self._serve_pid)
 
 
+def _frame(config: dict[str, Any]) -> bytes:
+    data = marshal.dumps(config)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _looked_at_start(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_LOOKED_AT_START)}
+
+
 def _signal_handlers() -> dict[int, Any]:
     """Return what this process does about signals, where it is not the default.
 
@@ -303,12 +347,30 @@ def _signal_handlers() -> dict[int, Any]:
     return handlers
 
 
+def _blocked_signals() -> list[int]:
+    """Return what this thread blocks, which makes the first call: its children would block it."""
+    return [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+
+
 def reap(pid: int) -> int | None:
     """Wait for a child; return its exit code, negative for a signal, or None if the user's program has reaped it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
         return None
+
+
+def _check_library() -> None:
+    """Say what is wrong where the user has a file of this name: some use of it would fail, far from here."""
+    import msgspec
+
+    if not hasattr(msgspec, "Struct"):
+        raise ImportError(
+            f"scaler-executor needs the library msgspec; {msgspec.__file__} was imported in its place, because of its "
+            "name",
+            name="msgspec",
+            path=msgspec.__file__,
+        )
 
 
 def fill_standard_descriptors() -> list[int]:

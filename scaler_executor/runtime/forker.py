@@ -29,8 +29,8 @@ from time import monotonic, perf_counter
 from typing import Any, Final, NoReturn
 
 import msgspec
-from typing_extensions import assert_never
 
+from scaler_executor.protocol.machine import unreachable
 from scaler_executor.protocol.messages import (
     ForkerMessage,
     ForkerSetup,
@@ -185,7 +185,7 @@ class Forker:
         elif isinstance(message, KillWorker):
             self._kill(worker)
         else:
-            assert_never(message)
+            unreachable(message)
 
     def _fork(self, worker_id: int) -> None:
         """Make a worker and hand its descriptors over."""

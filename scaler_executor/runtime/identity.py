@@ -5,6 +5,9 @@ authentication key, finalizers, the wait for threads at the end, and what other 
 are then as usual. But the module takes long to import, and most programs never do: where it is not loaded when the
 worker starts, it is told as soon as a call imports it.
 
+The authentication key is the one thing that both sides must agree on although neither may have loaded the module: the
+user's process chooses it at its first call, and gives it to its own `multiprocessing` where that comes later.
+
 It relies on names of `multiprocessing.process` that begin with an underscore; the tests run on every Python that we
 support.
 """
@@ -12,11 +15,13 @@ support.
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Final
@@ -42,16 +47,34 @@ class Identity:
     #: Tells of its end, where that has to be inherited; -1: need not be, or is not.
     parent_fd: int = -1
     start_method: str = "fork"
-    #: None: inherited, or the user's process had none when it was asked.
-    authkey: bytes | None = None
+    #: See `authkey`; None: inherited.
+    authkey: bytes | None = field(default=None, repr=False)
     #: The descriptor of the user's process's resource tracker; None: inherited, as far as there is one.
     tracker_fd: int | None = None
 
 
-def authkey() -> bytes | None:
-    """Return this process's key for connections of multiprocessing, if it has one yet."""
-    process: Any = sys.modules.get(_PROCESS)
-    return None if process is None else bytes(process.current_process().authkey)
+#: This process's key, unless multiprocessing was loaded before we asked. In a worker it is the one that it was given,
+#: in a fork of the program's own the parent's.
+_key = os.urandom(32)  # as multiprocessing makes it
+
+
+def authkey() -> bytes:
+    """Return this process's key for connections of multiprocessing, which is its workers' as well.
+
+    Where multiprocessing is not loaded, it has this key as soon as it is: workers can use the proxies of a manager that
+    is started after the first call.
+    """
+    if _PROCESS not in sys.modules:
+        _ON_IMPORT.tell.setdefault(_PROCESS, _give_key)
+        _ON_IMPORT.install()
+    # Only now, for an import may have begun before. One that is not over is waited for.
+    if _PROCESS in sys.modules:
+        return bytes(import_module(_PROCESS).current_process().authkey)
+    return _key
+
+
+def _give_key(process: Any) -> None:
+    process.current_process().authkey = _key
 
 
 def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
@@ -61,7 +84,10 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
     workers are not forks of the user's process, or Python is new enough, what was registered with `atexit` runs as
     well.
     """
+    global _key
     is_fork = identity.start_method == "fork"
+    if identity.authkey is not None:
+        _key = identity.authkey
     pools: Any = sys.modules.get("concurrent.futures.thread")
     if pools is not None:
         # Threads of the user's process, which are not here; the one that made the first call is this one now, and would
@@ -75,11 +101,19 @@ def run_as_process(identity: Identity, body: Callable[[], None]) -> int:
             atexit.register(sys.modules[_UTIL]._exit_function)
     process: Any = sys.modules.get(_PROCESS)
     if _TRACKER in sys.modules:
-        _announce_tracker(sys.modules[_TRACKER], identity)
+        _announce_tracker(identity, sys.modules[_TRACKER])
     if process is None or _TRACKER not in sys.modules:
-        sys.meta_path.insert(0, _OnImport(identity))
+        # Instead of what the user's process waits for, in its fork.
+        _ON_IMPORT.tell = {
+            _PROCESS: partial(_announce, identity),
+            _CONTEXT: partial(_announce_method, identity),
+            _TRACKER: partial(_announce_tracker, identity),
+        }
+        _ON_IMPORT.install()
+    context: Any = sys.modules.get(_CONTEXT)
+    if context is not None:
+        _announce_method(identity, context)
     if process is not None:
-        _announce_method(identity)
         try:
             code = int(_make_process(process, identity, body)._bootstrap(_sentinel(identity)))
         except BaseException:
@@ -125,20 +159,18 @@ def _make_process(process: Any, identity: Identity, body: Callable[[], None]) ->
     return made
 
 
-def _announce(process: Any, identity: Identity) -> None:
+def _announce(identity: Identity, process: Any) -> None:
     """Tell a module that was imported in a call: as `_bootstrap` does, without its end."""
     made = _make_process(process, identity, lambda: None)
     process._current_process = made
     process._parent_process = process._ParentProcess("MainProcess", identity.parent_pid, _sentinel(identity))
 
 
-def _announce_method(identity: Identity) -> None:
-    context: Any = sys.modules.get(_CONTEXT)
-    if context is not None:
-        context._force_start_method(identity.start_method)
+def _announce_method(identity: Identity, context: Any) -> None:
+    context._force_start_method(identity.start_method)
 
 
-def _announce_tracker(tracker: Any, identity: Identity) -> None:
+def _announce_tracker(identity: Identity, tracker: Any) -> None:
     if identity.tracker_fd is not None:
         tracker._resource_tracker._fd = identity.tracker_fd
     elif identity.start_method != "fork":
@@ -154,35 +186,45 @@ def _track(call: Callable[[str, str], None], name: str, rtype: str) -> None:
 
 
 class _OnImport:
-    """Has multiprocessing told when it is imported."""
+    """Has modules told something when they are imported. It stays where it is: another thread may be going through
+    `sys.meta_path`, and would skip a finder."""
 
-    def __init__(self, identity: Identity) -> None:
-        self._identity = identity
+    def __init__(self) -> None:
+        #: {name of the module: called with the module}.
+        self.tell: dict[str, Callable[[Any], None]] = {}
+
+    def install(self) -> None:
+        """Come before all other finders, if it has not yet."""
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (_PROCESS, _CONTEXT, _TRACKER):
+        tell = self.tell.get(name)
+        if tell is None:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Telling(spec.loader, self._identity)  # type: ignore[assignment]
+            spec.loader = _Telling(spec.loader, tell)  # type: ignore[assignment]
         return spec
 
 
 class _Telling:
     """Another loader, and what is to be said behind it."""
 
-    def __init__(self, loader: Any, identity: Identity) -> None:
+    def __init__(self, loader: Any, tell: Callable[[Any], None]) -> None:
         self._loader = loader
-        self._identity = identity
+        self._tell = tell
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
+        # Whoever asks the module for its loader, for its source say, is to find the real one.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if module.__name__ == _PROCESS:
-            _announce(module, self._identity)
-        elif module.__name__ == _TRACKER:
-            _announce_tracker(module, self._identity)
-        else:
-            _announce_method(self._identity)
+        self._tell(module)
+
+
+_ON_IMPORT: Final = _OnImport()

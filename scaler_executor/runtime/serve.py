@@ -228,6 +228,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         sys_path=config["sys_path"],
         cwd=config["cwd"],
         argv=config["argv"],
+        blocked_signals=config["blocked_signals"],
         descriptors=descriptors,
         identity=Identity(
             parent_pid=config["client_pid"],

@@ -96,6 +96,8 @@ class WorkerConfig:
     inherited_main: dict[str, Any] | None = None
     #: {number: handler}, set in each worker: the forker has none of the user's.
     signal_handlers: dict[int, Any] = field(default_factory=dict)
+    #: Signals that each worker blocks: the forker blocks none.
+    blocked_signals: list[int] = field(default_factory=list)
     #: Set in each worker; None where they are inherited.
     sys_path: list[str] | None = None
     cwd: str | None = None
@@ -184,24 +186,33 @@ class Worker:
         self._socket.setblocking(True)
         try:
             _take_over_process(config)
-            self._initialize(config.definitions, config.initializer_pickle)
+            self._prepare(config.definitions, config.initializer_pickle)
         except BaseException as error:
-            self._start_failed(error)
+            self._exit_if_fork(error)
+            self._fail_to_start(error)
+        self._run_initializer()
         self._exit_if_fork(None)
         _flush_streams()
         self._write(_pack(0, 0, 0, 0, RECORD_READY))
         self._ring()
 
-    def _initialize(self, definitions: list[tuple[str, int, list[bytes]]], initializer_pickle: bytes | None) -> None:
-        """Run the initializer, if there is one."""
-        config = self._config
+    def _prepare(self, definitions: list[tuple[str, int, list[bytes]]], initializer_pickle: bytes | None) -> None:
+        """Unpickle the initializer, where it is not inherited."""
         for name, version, buffers in definitions:
             self._main.put(name, version, Frames(buffers))
         if initializer_pickle is not None:
             self._main.apply()
-            config.initializer, config.initargs = _loads(initializer_pickle)
+            self._config.initializer, self._config.initargs = _loads(initializer_pickle)
+
+    def _run_initializer(self) -> None:
+        config = self._config
         if config.initializer is not None:
-            config.initializer(*config.initargs)
+            try:
+                config.initializer(*config.initargs)
+            except BaseException as error:
+                self._exit_if_fork(error)
+                _log_failed_initializer()
+                self._fail_to_start(error)
 
     def _set_up(self, payload: Payload) -> None:
         """Make ready for a client that has not started this process: what it wants done once, before its first call."""
@@ -212,19 +223,21 @@ class Worker:
             setup: Setup = loads_value(payload)
             sys.path += [entry for entry in setup["sys_path"] if entry not in sys.path]
             sys.argv[:] = setup["argv"]
-            self._initialize(setup["definitions"], setup["initializer_pickle"])
+            self._prepare(setup["definitions"], setup["initializer_pickle"])
         except BaseException as error:
-            self._start_failed(error)
+            self._exit_if_fork(error)
+            self._fail_to_start(error)
+        self._run_initializer()
         self._exit_if_fork(None)
 
-    def _start_failed(self, error: BaseException) -> NoReturn:
-        """Say that the initializer has failed, and end."""
-        self._exit_if_fork(error)
+    def _fail_to_start(self, error: BaseException) -> NoReturn:
+        """Say why there will be no calls, and end."""
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
         self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
         self._ring()
-        os._exit(1)
+        _abandon_children()
+        _exit(1)
 
     def run(self) -> None:
         """Serve messages until the socket ends or a call was interrupted."""
@@ -577,6 +590,17 @@ def _on_nudge(number: int, frame: FrameType | None) -> None:
     handler of a signal that came before has run."""
 
 
+def _log_failed_initializer() -> None:
+    """Log the exception that is being handled as the standard library's workers do, by its own logger: where logging
+    has not been set up, that appears on stderr."""
+    try:
+        from concurrent.futures._base import LOGGER
+
+        LOGGER.critical("Exception in initializer:", exc_info=True)
+    except BaseException:
+        traceback.print_exc()  # what the user's logging raised: the initializer's failure is reported all the same
+
+
 def _flush_streams() -> None:
     """Let what was printed appear now. 0.1 us each where nothing was."""
     try:
@@ -603,7 +627,7 @@ def _abandon_children() -> None:
         process._children.clear()
 
 
-def _exit() -> NoReturn:
+def _exit(code: int = 0) -> NoReturn:
     """End as a child of multiprocessing ends: its finalizers run, those of the interpreter do not."""
     try:
         util: Any = sys.modules.get("multiprocessing.util")
@@ -611,7 +635,7 @@ def _exit() -> NoReturn:
             util._exit_function()
         _flush_streams()
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _take_over_process(config: WorkerConfig) -> None:
@@ -627,6 +651,8 @@ def _take_over_process(config: WorkerConfig) -> None:
             signal.signal(number, handler)
         except (OSError, ValueError):
             pass  # it was C code that set it, past the interpreter's own rules
+    # After the handlers. Without those by which calls are stopped.
+    signal.pthread_sigmask(signal.SIG_SETMASK, set(config.blocked_signals) - {signal.SIGINT, NUDGE})
     spawning.receive(config.descriptors)
     if config.sys_path is not None:
         sys.path[:] = config.sys_path

@@ -127,8 +127,12 @@ def assert_output_alike(case: Callable[[Pools], object], start_method: str | Non
     return found
 
 
+#: The frame of a traceback in which a worker calls its initializer: it is the executor's, with its own text.
+_FRAME_OF_WORKER = re.compile(r'  File "[^"]*", line \d+, in (_process_worker|start)\n    .*\n( +[~^]+\n)?')
+
+
 def _lines(text: str) -> list[str]:
-    return sorted(re.sub("0x[0-9a-f]+", "0x", text).split("\n"))
+    return sorted(re.sub("0x[0-9a-f]+", "0x", _FRAME_OF_WORKER.sub("", text)).split("\n"))
 
 
 def main() -> None:

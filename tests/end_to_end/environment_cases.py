@@ -113,6 +113,19 @@ def changed_before_the_first_call(pools: Pools) -> object:
         return seen | {"late": settle(executor, look_at_late), "relative": settle(executor, look_at_relative)}
 
 
+def interpreter_shaped_before_the_first_call(pools: Pools) -> object:
+    """Variables that count when an interpreter starts, set and removed after construction."""
+    executors = [pools(), pools(2)]
+    os.environ.update(PYTHONHASHSEED="0", PYTHONWARNINGS="error::UserWarning", PYTHONOPTIMIZE="1", LC_ALL="POSIX")
+    os.environ.update(PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="latin-1", ADDED="added \udcff")
+    del os.environ["PYTHONUTF8"]
+    seen = []
+    for executor in executors:
+        with executor:
+            seen += [settle(executor, surroundings), settle(executor, os.getenv, "ADDED")]
+    return seen
+
+
 def look_at_late() -> Any:
     import appears_late  # type: ignore[import-not-found]
 
@@ -176,6 +189,47 @@ def signal_handlers(pools: Pools) -> object:
             seen.append(settle(executor, ring_alarm))
             seen.append(settle(executor, dispositions))
     return seen
+
+
+def mask() -> Any:
+    return sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+
+def mask_of_child() -> Any:
+    import subprocess
+
+    program = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+
+
+def signal_mask(pools: Pools) -> object:
+    """What the thread of the first call blocks: a program that waits for a signal by `sigwait`, say."""
+    executor = pools()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM, signal.SIGCHLD})
+    with executor:
+        seen = [settle(executor, mask), settle(executor, raise_signal, signal.SIGUSR1)]
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        return [*seen, settle(executor, mask), settle(executor, mask_of_child)]
+
+
+def unwind(fifo: str) -> None:
+    try:
+        with open(fifo, "w"):
+            pass
+        time.sleep(60)
+    finally:
+        print("unwound")
+
+
+def stop_with_all_signals_blocked(pools: Pools) -> object:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with pools() as executor:
+        fifo = os.path.join(os.environ["TMPDIR"], "fifo")
+        os.mkfifo(fifo)
+        future = executor.submit(unwind, fifo)
+        with open(fifo) as started:
+            started.read()
+        return future.cancel(), settle(executor, mask)
 
 
 def signal_handler_of_a_call(pools: Pools) -> object:

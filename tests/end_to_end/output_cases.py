@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import io
 import logging
+import logging.handlers
 import os
 import sys
 import threading
 import warnings
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 from comparison import Pools, attempt
@@ -158,6 +160,54 @@ def inherited_logging(pools: Pools) -> object:
     with pools() as executor:
         settle(executor, log, "shown by forks only")
     return None
+
+
+def fail_to_start(error: BaseException) -> None:
+    print("the initializer")
+    raise error
+
+
+def fail_with_logging(level: int) -> None:
+    logging.basicConfig(level=level, format="of the initializer: %(levelname)s %(name)s %(message)s")
+    fail_to_start(OSError("no licence"))
+
+
+def failing_initializer(pools: Pools) -> object:
+    """One worker: how many begin before the first has failed, nobody knows."""
+    seen = []
+    for error in (OSError("no licence"), SystemExit(3)):
+        executor = pools(initializer=fail_to_start, initargs=(error,))
+        seen.append(isinstance(executor.submit(abs, -1).exception(30), BrokenExecutor))
+        executor.shutdown()
+    return seen
+
+
+def failing_initializer_with_logging(pools: Pools) -> object:
+    """Forks have the program's set-up; an initializer may have one of its own; a level may hide it."""
+    for level in (logging.INFO, logging.CRITICAL + 1):
+        executor = pools(initializer=fail_with_logging, initargs=(level,))
+        executor.submit(abs, -1).exception(30)
+        executor.shutdown()
+    logging.basicConfig(format="of the program: %(levelname)s %(name)s %(message)s")
+    failing_initializer(pools)
+    logging.getLogger("concurrent.futures").disabled = True
+    return failing_initializer(pools)
+
+
+def log_into(queue: Any) -> None:
+    """As the logging cookbook has it."""
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(queue))
+    fail_to_start(OSError("no licence"))
+
+
+def failing_initializer_with_queue(pools: Pools) -> object:
+    """What was put into a queue arrives, though the worker ends."""
+    queue = pools.primitives.Queue()
+    executor = pools(initializer=log_into, initargs=(queue,))
+    executor.submit(abs, -1).exception(30)
+    record = queue.get(timeout=30)
+    executor.shutdown()
+    return record.name, record.levelno, record.message.splitlines()[0], record.message.splitlines()[-1]
 
 
 def warn() -> None:

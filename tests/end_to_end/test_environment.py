@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,16 @@ def test_changed_before_the_first_call(start_method: str, tmp_path: Path) -> Non
     assert seen["umask"] == 0o27 and seen["time zone"] == ("JST", "JST")
 
 
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_interpreter_shaped_before_the_first_call(start_method: str, tmp_path: Path) -> None:
+    """So they do of variables that count only when an interpreter starts."""
+    environment = {"PYTHONUTF8": "1", "PYTHONHASHSEED": "7"}
+    case = cases.interpreter_shaped_before_the_first_call
+    seen = assert_alike(case, start_method, directory=tmp_path, environment=environment)
+    if start_method != "fork":
+        assert seen[0]["stdout"][0] == "iso8859-1" and not seen[0]["assertions"]
+
+
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 @pytest.mark.parametrize(
     "case",
@@ -44,6 +55,7 @@ def test_changed_before_the_first_call(start_method: str, tmp_path: Path) -> Non
         cases.changed_after_the_first_call,
         cases.set_locale,
         cases.signal_handlers,
+        cases.signal_mask,
         cases.signal_handler_of_a_call,
         cases.things_that_calls_start,
     ],
@@ -52,6 +64,15 @@ def test_changed_before_the_first_call(start_method: str, tmp_path: Path) -> Non
 def test_the_same_as_process_pool_executor(case: Callable[[Pools], object], start_method: str, tmp_path: Path) -> None:
     """Each of these programs sees the same with either executor."""
     assert_alike(case, start_method, directory=tmp_path)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_stop_with_all_signals_blocked(start_method: str, tmp_path: Path) -> None:
+    """What a worker inherits of a signal mask leaves out the signals by which its calls are stopped."""
+    found = run_case(cases.stop_with_all_signals_blocked, "ScalerExecutor", start_method, directory=tmp_path)
+    assert found.stdout == "unwound\n", found
+    is_cancelled, mask = found.seen  # type: ignore[misc]
+    assert is_cancelled and signal.SIGUSR1 in mask and signal.SIGINT not in mask
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])

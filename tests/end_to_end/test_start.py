@@ -178,3 +178,68 @@ def test_workers_are_what_the_process_is_at_the_first_call(
     """Environment, directory, path and globals that change between construction and first call are seen."""
     monkeypatch.chdir(tmp_path)
     assert scene.client(STATE, start_method).succeed() == "True\n"
+
+
+# Files of the user's that are named like what we import
+
+SHADOW = """
+import os
+os.write(2, b"imported: " + __name__.encode())
+raise ImportError(__name__)
+"""
+DEPENDENCIES = {"cloudpickle", "msgspec", "scaler_executor", "typing_extensions", "zmq"}
+SHADOWED_LATE = """
+import multiprocessing, os, sys
+from scaler_executor import ScalerExecutor
+executor = ScalerExecutor(1, multiprocessing.get_context(sys.argv[1]))
+sys.path.insert(0, sys.argv[2])
+os.chdir(sys.argv[2])
+print(executor.submit(pow, 2, 5).result(), *executor.map(abs, [-1, -2]))
+executor.shutdown()
+"""
+SHADOWED_FIRST = """
+import sys
+from scaler_executor import ScalerExecutor
+options = {"max_tasks_per_child": 9} if sys.argv[1] == "spawn" else {}
+with ScalerExecutor(1, **options) as executor:
+    print(executor.submit(pow, 2, 5).result(), *executor.map(abs, [-1, -2]))
+"""
+
+
+def run_beside(directory: Path, names: set[str], program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program beside files of such names, its directory also in PYTHONPATH."""
+    for name in names:
+        (directory / f"{name}.py").write_text(SHADOW)
+    (directory / "program.py").write_text(program)
+    root = str(Path(__file__).parent.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(directory), root])}
+    command = [sys.executable, str(directory / "program.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+
+
+def test_names_of_our_modules_that_come_late(start_method: str, tmp_path: Path) -> None:
+    """What a program puts into its path after construction is not taken for anything that our processes import."""
+    shadows = tmp_path / "shadows"
+    shadows.mkdir()
+    for name in {*sys.stdlib_module_names, *DEPENDENCIES}:
+        (shadows / f"{name}.py").write_text(SHADOW)
+    done = run_beside(tmp_path, set(), SHADOWED_LATE, start_method, str(shadows))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "32 1 2\n", "")
+
+
+def test_names_of_modules_that_only_our_processes_import(start_method: str, tmp_path: Path) -> None:
+    """Files beside the program, in PYTHONPATH even, are not taken for them."""
+    names = {"zmq", "cloudpickle", "agent", "calls", "forker", "serve", "worker"}
+    if start_method == "spawn":
+        names.add("ctypes")  # which the program itself needs for a fork
+    done = run_beside(tmp_path, names, SHADOWED_FIRST, start_method)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "32 1 2\n", "")
+
+
+def test_a_file_in_the_place_of_our_library(start_method: str, tmp_path: Path) -> None:
+    """The error tells which file it is."""
+    (tmp_path / "msgspec.py").write_text("VALUE = 1\n")
+    done = run_beside(tmp_path, set(), SHADOWED_FIRST, start_method)
+    assert done.returncode == 1 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and str(tmp_path / "msgspec.py") in last
