@@ -318,21 +318,25 @@ class ClientFutureManager:
             needs = self._main.needs(names)
         except Exception as error:
             return _failed_future(error)
-        with self._lock:
-            while needs.generation != self._main.generation:
-                needs = self._main.needs(names)  # what workers inherited was lost meanwhile
-            function_id = self._register(prepared, needs)
-            no = self._take_numbers(1)
-            future = self._futures[no] = make_future(self, no, prepared.name)
-            self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
+        while True:
+            with self._lock:
+                if needs.generation == self._main.generation:
+                    function_id = self._register(prepared, needs)
+                    no = self._take_numbers(1)
+                    future = self._futures[no] = make_future(self, no, prepared.name)
+                    self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
+                    break
+            needs = self._main.needs(names)  # what workers inherited was lost meanwhile
         if self._asleep:
             self._wake()
         return future
 
     def submit_run(
         self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
-    ) -> int:
+    ) -> int | None:
         """Queue a run and number it. Return the function's id, for the next run of the same map.
+
+        Or queue nothing and return None: `needs` has to be asked for anew, since what workers inherited was lost.
 
         Args:
             prepared: The function, style MAP.
@@ -346,6 +350,8 @@ class ClientFutureManager:
             RuntimeError: Closed, broken, lost or forked.
         """
         with self._lock:
+            if needs.generation != self._main.generation:
+                return None
             if function_id not in self._live_functions:
                 function_id = self._register(prepared, needs)
             no = run.task_no = self._take_numbers(items)
@@ -363,10 +369,6 @@ class ClientFutureManager:
     def needs(self, names: Iterable[str]) -> Needs:
         """Return the definitions that these globals of `__main__` need now."""
         return self._main.needs(names)
-
-    def knows(self, needs: Needs) -> bool:
-        """Tell whether workers still inherit what `needs` takes for inherited."""
-        return needs.generation == self._main.generation
 
     def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
         """Pass cancel requests on, by task number. Never waits."""
