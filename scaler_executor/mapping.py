@@ -332,19 +332,30 @@ class MapCall:
                 self._needs = self._client.needs(self._prepared.names)
             names: set[str] = set()
             payload = self._client.pickler.dumps_run(items, names)
-            if names or not self._client.knows(self._needs):
-                needs = self._client.needs(names | self._prepared.names)
-                if needs.definitions != self._needs.definitions:
-                    self._needs, self._function_id = needs, 0
+            if names:
+                self._look_up(names)
         except Exception as error:
             self._runs.append(error)
             return
         run = MapRun(len(items), self._reader)
-        self._function_id = self._client.submit_run(
-            self._prepared, self._needs, self._function_id, len(items), payload, run
-        )
+        while True:
+            function_id = self._client.submit_run(
+                self._prepared, self._needs, self._function_id, len(items), payload, run
+            )
+            if function_id is not None:
+                break
+            self._look_up(names)
+        self._function_id = function_id
         self._runs.append(run)
         self._adapt(len(items), len(payload))
+
+    def _look_up(self, names: set[str]) -> None:
+        """Look up what the function needs, and items that need these names."""
+        assert self._prepared is not None
+        needs = self._client.needs(names | self._prepared.names)
+        if needs.definitions != self._needs.definitions:
+            self._function_id = 0
+        self._needs = needs
 
     def _adapt(self, items: int, payload_bytes: int) -> None:
         """Choose the size of the next run."""

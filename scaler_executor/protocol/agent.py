@@ -3,8 +3,8 @@
 It knows what the scheduler, the forker and the workers can say, and has every word of theirs end as a step of a call
 or of a worker. It does not know clients' connections, other agents or retries, and makes no attempts. What a step
 makes of a call is the table in `agent_calls`; `agent_records` reads what workers write; `agent_dispatch` gives them
-calls, by the measures of `agent_crew`; `agent_hiring` orders and dismisses them; `agent_output` makes messages of what
-is to be said.
+calls, by the measures of `agent_crew`; `agent_hiring` orders and dismisses them; `agent_inheritance` knows what they
+lack; `agent_output` makes messages of what is to be said.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from scaler_executor.protocol.agent_calls import EVENTS, STATES, TABLE, AgentCal
 from scaler_executor.protocol.agent_crew import AgentFunction, Call, Crew
 from scaler_executor.protocol.agent_dispatch import Dispatch
 from scaler_executor.protocol.agent_events import (
+    Disinherited,
     Drain,
     Drained,
     Event,
@@ -41,6 +42,7 @@ from scaler_executor.protocol.agent_events import (
     Tick,
 )
 from scaler_executor.protocol.agent_hiring import Hiring
+from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.agent_records import RecordReader
 from scaler_executor.protocol.codec import RemoteProtocolError
@@ -50,6 +52,7 @@ from scaler_executor.protocol.messages import (
     CancelKind,
     ClientGone,
     Function,
+    InheritanceReplaced,
     Refused,
     TaskCancel,
     TaskCancelConfirmType,
@@ -79,9 +82,10 @@ class AgentState:
         assert max_workers > 0 and (max_items_per_worker is None or max_items_per_worker > 0)
         self._output = AgentOutput()
         self._crew = Crew(max_workers, max_items_per_worker)
-        self._hiring = Hiring(self._crew, self._output)
+        self._inheritance = Inheritance(self._output)
+        self._hiring = Hiring(self._crew, self._inheritance, self._output)
         self._calls = AgentCalls(self._crew, self._hiring, self._output, cancel_grace_s)
-        self._dispatch = Dispatch(self._crew, self._hiring, self._calls, self._output)
+        self._dispatch = Dispatch(self._crew, self._hiring, self._inheritance, self._calls, self._output)
         self._reader = RecordReader(self._crew, self._hiring, self._calls, self._output)
         #: {(client_id, function_id): AgentFunction}
         self._functions: dict[tuple[int, int], AgentFunction] = {}
@@ -114,6 +118,8 @@ class AgentState:
             self._hiring.forked(self._crew.workers[event.worker_id], event.pid)
         elif isinstance(event, ForkFailed):
             self._fork_failed(event)
+        elif isinstance(event, Disinherited):
+            self._inheritance.lost(event.reason)
         elif isinstance(event, SchedulerLost):
             if self._fence_at is None and not self._calls.fenced:
                 self._fence_at = now + FENCE_S - event.unheard_s
@@ -202,6 +208,8 @@ class AgentState:
                     self._calls.step(call, "CANCEL", cancel_no, CancelKind(kind))
         elif isinstance(message, ClientGone):
             self._client_gone(message.client_id)
+        elif isinstance(message, InheritanceReplaced):
+            self._inheritance.replaced(message.client_id, message.definitions)
         elif isinstance(message, Welcome):
             pass
         elif isinstance(message, (Refused, Bye)):
@@ -242,6 +250,7 @@ class AgentState:
         for key in [key for key in self._functions if key[0] == client_id]:
             del self._functions[key]
         self._hiring.client_gone(client_id)
+        self._inheritance.client_gone(client_id)
 
     def _settle_gone(self) -> None:
         """Forget the clients that are gone and of which nothing is left here: neither a worker nor a call."""
@@ -264,6 +273,7 @@ class AgentState:
         self._output.said_capacity = 0
         self._calls.forget_all()
         self._functions.clear()
+        self._inheritance.forget_all()
         self._hiring.kill_all()
 
     # From the forker
@@ -379,6 +389,7 @@ __all__ = [
     "STATES",
     "TABLE",
     "AgentState",
+    "Disinherited",
     "Drain",
     "Drained",
     "Event",

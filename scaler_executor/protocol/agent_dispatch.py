@@ -12,6 +12,7 @@ from scaler_executor.protocol.agent_calls import AgentCalls
 from scaler_executor.protocol.agent_crew import PORTION_CALLS, Call, Crew, Worker, row_of
 from scaler_executor.protocol.agent_events import Freeze, Look, Start
 from scaler_executor.protocol.agent_hiring import Hiring
+from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.messages import WorkerRun
 
@@ -24,9 +25,12 @@ RECALL_S: Final = 0.02
 class Dispatch:
     """Hands the calls of one agent to its workers."""
 
-    def __init__(self, crew: Crew, hiring: Hiring, calls: AgentCalls, output: AgentOutput) -> None:
+    def __init__(
+        self, crew: Crew, hiring: Hiring, inheritance: Inheritance, calls: AgentCalls, output: AgentOutput
+    ) -> None:
         self._crew = crew
         self._hiring = hiring
+        self._inheritance = inheritance
         self._calls = calls
         self._output = output
         #: When to look at the busy workers next, or None.
@@ -42,13 +46,14 @@ class Dispatch:
                 starved = call
                 break
             self._give(worker)
-        if starved is not None and self._hiring.hire_at is None:
+        if starved is not None and self._hiring.may_order(starved.client_id):
             self._hiring.hire(starved.client_id)
 
     def _give(self, worker: Worker) -> None:
         """Give `worker` the next portion from the front of the queue: calls of one function and client."""
         crew = self._crew
         queue = crew.queue
+        is_first = not worker.last_seq
         first = queue[0]
         function = first.function
         left = crew.portion_items(worker, function)
@@ -83,6 +88,8 @@ class Dispatch:
             ]
             known.need(function_id)  # it outlasts its parts, which the worker has for good with it
             message.forget = known.trim()
+        if is_first and (definitions := self._inheritance.definitions(worker.client_id)):
+            message.functions = [*definitions, *message.functions]
         expected_s = (function.seconds or 0.0) * items_given
         if not worker.portions:
             worker.portion_since = self._output.now

@@ -77,6 +77,13 @@ class Exited(msgspec.Struct):
     forker_lost: bool = False
 
 
+class Disinherited(msgspec.Struct):
+    """The forker was lost, and workers inherited their client's process from it. They are dead or dying, and those that
+    are forked from now on inherit nothing. Said before anything else of that loss."""
+
+    reason: str
+
+
 class SchedulerLost(msgspec.Struct):
     """The connection is gone, but may come back in time. `unheard_s`: what was said so long ago was certainly heard."""
 
@@ -107,6 +114,7 @@ Event: TypeAlias = (
     | Seen
     | Frozen
     | Exited
+    | Disinherited
     | SchedulerLost
     | SchedulerBack
     | NewEpoch

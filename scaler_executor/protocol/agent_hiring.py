@@ -10,6 +10,7 @@ from typing import Final
 
 from scaler_executor.protocol.agent_crew import Crew, Worker
 from scaler_executor.protocol.agent_events import Fork, Kill, Retire
+from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.messages import WorkersBroken
 
@@ -24,8 +25,9 @@ MAX_FORK_FAILURES: Final = 30
 class Hiring:
     """Hires and dismisses the workers of one agent."""
 
-    def __init__(self, crew: Crew, output: AgentOutput) -> None:
+    def __init__(self, crew: Crew, inheritance: Inheritance, output: AgentOutput) -> None:
         self._crew = crew
+        self._inheritance = inheritance
         self._output = output
         self._last_worker_id = 0
         #: {client_id: n}: so many workers in a row died before they were ready.
@@ -50,6 +52,11 @@ class Hiring:
         return not (self.draining or client_id in self.broken or client_id in self.gone_clients)
 
     # Coming
+
+    def may_order(self, client_id: int) -> bool:
+        """Tell whether a worker for this client is to be ordered now, if there is work. May ask the client for what it
+        would lack; looked at again with every event."""
+        return self.hire_at is None and self.serves(client_id) and self._inheritance.may_start(client_id)
 
     def hire(self, client_id: int) -> None:
         """Order workers for calls that no worker can take now."""
@@ -148,7 +155,7 @@ class Hiring:
         if worker.state == "LEAVING":
             return
         worker.state = "LEAVING"
-        if self.serves(worker.client_id) and self.hire_at is None:
+        if self.may_order(worker.client_id):
             self.order(worker.client_id)
 
     def retire(self, worker: Worker) -> None:

@@ -22,6 +22,7 @@ from scaler_executor.protocol.messages import (
     ClientResultRow,
     Function,
     InheritanceLost,
+    InheritanceReplaced,
     Message,
     Output,
     Refused,
@@ -59,6 +60,8 @@ class Batch(msgspec.Struct):
     functions: list[Function] = []
     forget: list[int] = []
     cancels: list[tuple[int, CancelKind]] = []
+    #: The answer to Disinherited.
+    definitions: list[Function] | None = None
 
 
 class Received(msgspec.Struct):
@@ -142,7 +145,8 @@ class Broken(msgspec.Struct):
 
 
 class Disinherited(msgspec.Struct):
-    """Functions and classes of `__main__` are to be sent from now on: workers inherit them no more."""
+    """Functions and classes of `__main__` are to be sent from now on: workers inherit them no more. Those that calls
+    have counted on so far go into a Batch: no worker is started before that."""
 
     reason: str
 
@@ -275,6 +279,8 @@ class ClientState:
                 self._send(submit)
         if batch.cancels:
             self._cancel(batch.cancels)
+        if batch.definitions is not None and not self._said_bye:
+            self._out.append(Send(InheritanceReplaced(0, batch.definitions)))
 
     def _send(self, submit: TaskSubmit) -> None:
         plain = PLAIN

@@ -21,6 +21,7 @@ from scaler_executor.protocol.messages import (
     AgentResult,
     Frames,
     Function,
+    InheritanceReplaced,
     Message,
     TaskResult,
     TaskRun,
@@ -130,6 +131,8 @@ def _place_frames(message: Any, frames: list[Any]) -> int:
         rows, functions = message.tasks, [function for _, function in message.functions]
     elif kind is WorkerRun:
         rows, functions = message.calls, message.functions
+    elif kind is InheritanceReplaced:
+        rows, functions = [], message.definitions
     else:
         return len(frames)
     waiting = iter(frames)

@@ -316,13 +316,22 @@ class Output(Message, tag=21):
 
 
 class InheritanceLost(Message, tag=23):
-    """Agent to scheduler to its clients: workers no longer inherit the client's process, so nothing of its `__main__`
-    is there by name."""
+    """Agent to scheduler to client: this client's workers no longer inherit its process, so nothing of its `__main__`
+    is there by name. None is started before the answer, InheritanceReplaced."""
 
+    client_id: int
     reason: str
 
 
-class SessionLost(Message, tag=24):
+class InheritanceReplaced(Message, tag=24):
+    """Client to scheduler to agent: the definitions of what calls, up to this answer, took for inherited. Each worker
+    is sent them before its first call. `client_id` is filled in by the scheduler."""
+
+    client_id: int
+    definitions: list[Function]
+
+
+class SessionLost(Message, tag=25):
     """To a client, from its own relay: the scheduler knows nothing of it any more. The client begins anew with Hello;
     what it sent before that is dropped."""
 
@@ -416,7 +425,7 @@ class WorkerExited(Message, tag=38):
     peak_memory_bytes: int = 0
 
 
-ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel
+ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel | InheritanceReplaced
 ToClientMessage: TypeAlias = (
     Welcome
     | Refused
@@ -444,6 +453,6 @@ AgentMessage: TypeAlias = (
     | Unblocked
     | Output
 )
-ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | Bye
+ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | InheritanceReplaced | Bye
 ToForkerMessage: TypeAlias = ForkerSetup | ForkWorker | InterruptWorker | FreezeWorker | KillWorker
 ForkerMessage: TypeAlias = WorkerForked | WorkerForkFailed | WorkerFrozen | WorkerExited

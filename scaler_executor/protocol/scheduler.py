@@ -26,6 +26,7 @@ from scaler_executor.protocol.messages import (
     ClientMessage,
     Hello,
     InheritanceLost,
+    InheritanceReplaced,
     RefusalKind,
     Refused,
     ResultKind,
@@ -225,6 +226,7 @@ class SchedulerState:
         for agent in self._assignment.agents:
             agent.known.drop(keys)  # it drops its own with ClientGone
             agent.broken_for.discard(client.client_id)
+            agent.disinherited.discard(client.client_id)
             agent.gone_clients.append(client.client_id)
             self._output.touched[agent] = None
         if not client.tasks_left:
@@ -238,6 +240,13 @@ class SchedulerState:
         elif isinstance(message, TaskCancel):
             for no, cancel_no, kind in message.cancels:
                 self._cancel(client, no, cancel_no, kind)
+        elif isinstance(message, InheritanceReplaced):
+            message.client_id = client.client_id
+            for agent in self._assignment.agents:
+                # One answer is for all that have asked by now: later calls take nothing for inherited.
+                if client.client_id in agent.disinherited:
+                    agent.disinherited.remove(client.client_id)
+                    self._output.instructions.append(Send(agent.peer, message))
         elif isinstance(message, Bye):
             if not message.force and any(task.client is client for task in self._tasks.by_id.values()):
                 raise RemoteProtocolError("Bye with tasks outstanding")
@@ -328,9 +337,10 @@ class SchedulerState:
         elif isinstance(message, AgentCapacity):
             agent.capacity, agent.workers = message.tasks, message.workers
         elif isinstance(message, InheritanceLost):
-            self._output.instructions += [
-                Send(peer.peer, message) for peer in self._peers.values() if isinstance(peer, Client)
-            ]
+            for client in self._peers.values():
+                if isinstance(client, Client) and client.client_id == message.client_id:
+                    agent.disinherited.add(message.client_id)
+                    self._output.instructions.append(Send(client.peer, message))
         elif isinstance(message, WorkersBroken):
             agent.broken_for.add(message.client_id)
             for client in list(self._peers.values()):

@@ -118,6 +118,8 @@ class Agent:
         self.idle_since: float | None = None
         #: Clients for which it cannot start a worker.
         self.broken_for: set[int] = set()
+        #: Clients that it waits for, to tell what replaces what its workers inherited.
+        self.disinherited: set[int] = set()
         #: Keys (client_id, function_id) of the functions that it has.
         self.known: KnownFunctions[tuple[int, int]] = KnownFunctions()
         self.runs: list[RunRow] = []

@@ -77,6 +77,7 @@ class AgentRuntime:
         control: This side's end of the forker's control pair.
         send: Takes the messages to the scheduler. It must not call back into this object.
         upstream_bytes: How much waits to be sent to clients.
+        inherits: Whether workers of this forker, unlike those of another one, inherit their client's process.
         restart_forker: Starts another forker and returns its control socket, or None if there can be none.
         is_ending: Tells whether the end of everything is on its way, so that no other forker is wanted.
         on_drained: Called when nothing is left after `drain`.
@@ -90,6 +91,7 @@ class AgentRuntime:
         *,
         send: Callable[[Message], None],
         upstream_bytes: Callable[[], int],
+        inherits: bool,
         restart_forker: Callable[[], socket.socket | None],
         is_ending: Callable[[], bool],
         on_drained: Callable[[], None],
@@ -98,6 +100,7 @@ class AgentRuntime:
         self._loop = loop
         self._send = send
         self._upstream_bytes = upstream_bytes
+        self._inherits = inherits
         self._restart_forker = restart_forker
         self._is_ending = is_ending
         #: Forkers lost in a row that had forked nothing.
@@ -387,9 +390,14 @@ class AgentRuntime:
         # One forker after the other that is lost before it has forked anything: something here does not let them live.
         self._lost_forkers += 1
         control = self._restart_forker() if not is_ending and self._lost_forkers <= MAX_LOST_FORKERS else None
+        ordered = list(self._ordered)
         if control is not None:
             self._use_forker(control)
-        for worker_id in list(self._ordered):
+            if self._inherits:
+                # First of all: whatever comes next may order workers.
+                reason = "the process that forks workers was lost, and with it what workers inherited"
+                self.handle(protocol.Disinherited(reason))
+        for worker_id in ordered:
             self._fork_failed(worker_id, "the process that forks workers was lost", control is not None)
         for handle in list(self._workers.values()):
             self._loop.watch(handle.pidfd, lambda handle=handle: self._orphan_died(handle))  # type: ignore[misc]

@@ -5,7 +5,8 @@ of results know.
 
 Two threads. The I/O thread speaks to the scheduler and settles futures; it runs no user code, so nothing a user does
 can keep other calls from being answered. Futures that have done-callbacks are settled like others and then handed to
-the callback thread, which calls them in that order and may be blocked by them as long as they like.
+the callback thread, which calls them in that order and may be blocked by them as long as they like. Should what workers
+inherited of `__main__` be lost, a third thread pickles it.
 
 Callers add to `_batch` under `_lock`, a short lock that also keeps numbers, functions and their evictions in order. The
 I/O thread takes the whole batch at once, so that batches form by themselves while it is busy, and callers ring its bell
@@ -65,6 +66,7 @@ from scaler_executor.protocol.messages import (
     CancelKind,
     ClientResultRow,
     DeathReport,
+    Function,
     Hello,
     Message,
     Options,
@@ -78,7 +80,7 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
-from scaler_executor.runtime.namespace import MainDefinitions, Needs
+from scaler_executor.runtime.namespace import Definition, MainDefinitions, Needs
 from scaler_executor.runtime.platform import FAULTS, Bell
 from scaler_executor.runtime.results import LOST
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
@@ -239,6 +241,11 @@ class ClientFutureManager:
         self._is_over = threading.Event()
         self._has_joined = threading.Event()
         self._has_called_back = threading.Event()
+        #: The thread of `_replace_inherited`; whether that is left to whoever waits for the end; and for them: that
+        #: this, or the end, has come.
+        self._definitions_thread: threading.Thread | None = None
+        self._has_errand = False
+        self._may_join = threading.Event()
         self._owner: Any = None
         self._thread = threading.Thread(target=self._run, name="scaler-executor-client", daemon=True)
         # No Ctrl-C in between: whether the thread has started could not be told.
@@ -326,21 +333,25 @@ class ClientFutureManager:
             needs = self._main.needs(names)
         except Exception as error:
             return _failed_future(error)
-        with self._lock:
-            while needs.generation != self._main.generation:
-                needs = self._main.needs(names)  # what workers inherited was lost meanwhile
-            function_id = self._register(prepared, needs)
-            no = self._take_numbers(1)
-            future = self._futures[no] = make_future(self, no, prepared.name)
-            self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
+        while True:
+            with self._lock:
+                if needs.generation == self._main.generation:
+                    function_id = self._register(prepared, needs)
+                    no = self._take_numbers(1)
+                    future = self._futures[no] = make_future(self, no, prepared.name)
+                    self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
+                    break
+            needs = self._main.needs(names)  # what workers inherited was lost meanwhile
         if self._asleep:
             self._wake()
         return future
 
     def submit_run(
         self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
-    ) -> int:
+    ) -> int | None:
         """Queue a run and number it. Return the function's id, for the next run of the same map.
+
+        Or queue nothing and return None: `needs` has to be asked for anew, since what workers inherited was lost.
 
         Args:
             prepared: The function, style MAP.
@@ -354,6 +365,8 @@ class ClientFutureManager:
             RuntimeError: Closed, broken, lost or forked.
         """
         with self._lock:
+            if needs.generation != self._main.generation:
+                return None
             if function_id not in self._live_functions:
                 function_id = self._register(prepared, needs)
             no = run.task_no = self._take_numbers(items)
@@ -371,10 +384,6 @@ class ClientFutureManager:
     def needs(self, names: Iterable[str]) -> Needs:
         """Return the definitions that these globals of `__main__` need now."""
         return self._main.needs(names)
-
-    def knows(self, needs: Needs) -> bool:
-        """Tell whether workers still inherit what `needs` takes for inherited."""
-        return needs.generation == self._main.generation
 
     def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
         """Pass cancel requests on, by task number. Never waits."""
@@ -460,8 +469,14 @@ class ClientFutureManager:
             return  # a signal handler in the middle of the first call: nothing ends before it returns
         current = threading.current_thread()
         if self._thread is not current:
+            self._may_join.wait()
+            if self._has_errand:
+                self._has_errand = False
+                self._replace_inherited()
             self._has_joined.wait()
             self._thread.join()
+            if self._definitions_thread not in (None, current):
+                self._definitions_thread.join()
         # Looked at only now: the first callback may have come while we waited.
         if self._callback_thread is not None and self._callback_thread is not current:
             self._has_called_back.wait()
@@ -609,6 +624,7 @@ class ClientFutureManager:
                 if self._callback_thread is None:
                     _MANAGERS.pop(id(self), None)
             self._has_joined.set()
+            self._may_join.set()
 
     def _loop(self) -> None:
         poll = select.poll()
@@ -628,7 +644,8 @@ class ClientFutureManager:
                 # First say that we sleep, then look once more: a caller adds first and then looks whether we sleep.
                 asleep = self._asleep = [True]
                 batch = self._batch
-                timeout = 0 if batch.tasks or batch.cancels or self._direct is not None else None
+                is_wanted = batch.tasks or batch.cancels or batch.definitions is not None or self._direct is not None
+                timeout = 0 if is_wanted else None
             if has_unsent != bool(wanted & select.POLLOUT):
                 wanted ^= select.POLLOUT
                 poll.modify(socket_fd, wanted)
@@ -645,7 +662,7 @@ class ClientFutureManager:
         """Feed what callers asked for into the state."""
         self._take_up_direct()
         batch = self._batch
-        if batch.tasks or batch.cancels or batch.functions or batch.forget:
+        if batch.tasks or batch.cancels or batch.functions or batch.forget or batch.definitions is not None:
             with self._lock:
                 batch = self._batch
                 self._batch = Batch()
@@ -839,12 +856,42 @@ class ClientFutureManager:
         self._refuse(lambda: _make_start_error(reason))
 
     def _on_disinherited(self, reason: str) -> None:
-        self._main.forget_inherited()
         with self._lock:
+            # In one hold of the lock: what was queued before has been noted, what is queued later is sent.
+            self._main.forget_inherited()
             forgotten = self._functions.forget_main()
             self._batch.forget += forgotten
             self._live_functions.difference_update(forgotten)
         log.warn("client", "%s; functions and classes of __main__ are sent from now on", reason)
+        # In a thread of its own, since pickling runs user code; the callback thread may be blocked by a callback that
+        # waits for the very calls that wait for this.
+        thread = threading.Thread(target=self._replace_inherited, name="scaler-executor-definitions", daemon=True)
+        try:
+            thread.start()
+            self._definitions_thread = thread
+        except RuntimeError:
+            if exiting.has_begun():
+                self._has_errand = True  # no thread can be started any more
+                self._may_join.set()
+            else:
+                self._answer_disinherited(())  # no thread can be had: calls that need definitions say so
+
+    def _replace_inherited(self) -> None:
+        """Pickle what calls counted on so far and workers inherit no more. Not in the I/O thread."""
+        definitions: tuple[Definition, ...] = ()
+        try:
+            definitions = self._main.counted_on()
+        finally:
+            self._answer_disinherited(definitions)  # in any case: no worker is started before
+
+    def _answer_disinherited(self, definitions: tuple[Definition, ...]) -> None:
+        style = int(CallStyle.DEFINITION)
+        with self._lock:
+            self._batch.definitions = [
+                Function(0, definition.name, definition.payload, style, version=definition.version)  # type: ignore[arg-type]
+                for definition in definitions
+            ]
+        self._wake()
 
     # Sending
 

@@ -13,7 +13,8 @@ has set itself since stays as the worker set it.
 What holds the state of one process is each worker's own, as if the worker had imported the program: a lock, a context
 variable (with its default), a `threading.local`, a weak container, which keeps no entry but functions and classes.
 
-What a worker inherited by fork, it has: such a name is sent only once another object is bound to it.
+What a worker inherited by fork, it has: such a name is sent only once another object is bound to it, or the
+inheritance is lost. Then also calls that were made before need definitions, so the names that they need are noted.
 
 Five modules:
 
@@ -106,6 +107,8 @@ class MainDefinitions:
         self._inherited: dict[str, Any] = {}
         #: How often that was lost.
         self.generation = 0
+        #: Names that were asked for while there was an inheritance. Added to under `_lock`.
+        self._counted_on: frozenset[str] = frozenset()
         #: {name: Definition}: the newest of each.
         self._known: dict[str, Definition] = {}
         #: {id of an object: the name that it was first found under}. Another name for it is sent as that name's. It may
@@ -126,6 +129,11 @@ class MainDefinitions:
             self._inherited = {}
             self._known = {name: known for name, known in self._known.items() if known.version}
 
+    def counted_on(self) -> tuple[Definition, ...]:
+        """Return the definitions of what was asked for while it was inherited, as they are now. After
+        `forget_inherited`."""
+        return self.needs(self._counted_on).definitions
+
     def find(self, value: Any) -> str | None:
         """As `Names.find`: what `__main__` has under its name now."""
         return find_in(main_dict(), value)
@@ -136,6 +144,9 @@ class MainDefinitions:
         generation = self.generation
         if not asked:
             return NO_NEEDS._replace(generation=generation) if generation else NO_NEEDS
+        if self._inherited and not asked <= self._counted_on:
+            with self._lock:
+                self._counted_on |= asked
         main = main_dict()
         bindings: dict[str, Any] = {}
         definitions: list[Definition] = []

@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn
 from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
-from scaler_executor.protocol.messages import ClientMessage, Hello, InheritanceLost, Message
+from scaler_executor.protocol.messages import ClientMessage, Hello, Message
 from scaler_executor.runtime import log, platform, surroundings
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
@@ -72,7 +72,8 @@ class Server:
             control,
             send=self._to_scheduler.append,
             upstream_bytes=self._upstream_bytes,
-            restart_forker=self._restart_forker,
+            inherits=config["start_method"] == "fork",
+            restart_forker=lambda: _start_forker(config),
             is_ending=self._is_ending,
             on_drained=self._loop.stop,
         )
@@ -204,13 +205,6 @@ class Server:
         if self._client is None:
             return True
         return platform.has_ended(self._client_pidfd)
-
-    def _restart_forker(self) -> socket.socket | None:
-        control = _start_forker(self._config)
-        if control is not None and self._config["start_method"] == "fork":
-            reason = "the process that forks workers was lost, and with it what workers inherited"
-            self._to_scheduler.append(InheritanceLost(reason))
-        return control
 
 
 def _start_forker(config: dict[str, Any]) -> socket.socket | None:

@@ -22,6 +22,7 @@ from scaler_executor.protocol.messages import (
     CancelRow,
     ClientMessage,
     Hello,
+    InheritanceReplaced,
     Message,
     Payload,
     ResultKind,
@@ -59,6 +60,7 @@ class FakeScheduler:
         self._send_lock = threading.Lock()
         self.submits: queue.Queue[TaskRow] = queue.Queue()
         self.cancels: queue.Queue[CancelRow] = queue.Queue()
+        self.replacements: queue.Queue[InheritanceReplaced] = queue.Queue()
         self.messages: list[Message] = []
         self.on_submit: Callable[[TaskRow], None] = self.submits.put
         self.on_cancel: Callable[[CancelRow], None] = self.cancels.put
@@ -172,6 +174,8 @@ class FakeScheduler:
                 elif isinstance(message, TaskCancel):
                     for cancel in message.cancels:
                         self.on_cancel(cancel)
+                elif isinstance(message, InheritanceReplaced):
+                    self.replacements.put(message)
                 elif isinstance(message, Bye):
                     self.said_bye.set()
         self._mine.close()

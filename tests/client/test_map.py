@@ -13,7 +13,7 @@ from fake_scheduler import PATIENCE_S, Background, Setting, never_called
 from scaler_executor import SchedulerLostError
 from scaler_executor.mapping import RUN_BYTES, RUN_ITEMS, MapCall, MapRun, _Reader
 from scaler_executor.protocol.client import REST
-from scaler_executor.protocol.messages import CancelKind, ResultKind, TaskCancelConfirmType, TaskRow
+from scaler_executor.protocol.messages import CancelKind, InheritanceLost, ResultKind, TaskCancelConfirmType, TaskRow
 from scaler_executor.runtime.calls import RunForm, load_item, load_run
 
 
@@ -65,6 +65,21 @@ def test_items_are_yielded_as_soon_as_they_are_there(setting: Setting) -> None:
     setting.scheduler.value(row[0], "second", 1)
     assert waiting.result() == "second"
     results.close()  # type: ignore[attr-defined]
+
+
+def test_inheritance_lost_between_two_runs(setting: Setting) -> None:
+    """The answer is sent at once, also without anything that was counted on; and the map goes on."""
+
+    def items() -> Iterator[int]:
+        yield 1
+        setting.scheduler.send(InheritanceLost(1, "lost"))
+        assert setting.scheduler.replacements.get(timeout=PATIENCE_S).definitions == []
+        yield 2
+
+    call = start(setting, items(), workers=1)
+    for row in rows_of(setting, 2):
+        echo(setting, row)
+    assert list(call.results(None)) == [1, 2]
 
 
 @pytest.mark.parametrize("count", [1, 5, 50, 5000])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import zipapp
 from pathlib import Path
 
 import pytest
-from support import DEADLINE_S, Scene
+from support import DEADLINE_S, Cluster, Scene
 
 CASES = Path(__file__).parent / "main_cases.py"
 ROOT = str(Path(__file__).parent.parent.parent)
@@ -355,3 +356,193 @@ if __name__ == "__main__":
 def test_more_globals_than_are_remembered(scene: Scene) -> None:
     """A function may need hundreds of globals; a large one is pickled once."""
     assert scene.client(MANY_GLOBALS).succeed() == "good\n"
+
+
+# The forker is lost, and with it what workers inherited
+
+LOST_FORKER = """
+import multiprocessing, os, signal, sys, threading, traceback
+from pathlib import Path
+from scaler_executor import ScalerExecutor, WorkerDiedError
+from support import Cluster, Fifo
+
+class Scaled:
+    unit = 10
+
+class Item(Scaled):
+    def __init__(self, value):
+        self.value = value
+    def __eq__(self, other):
+        return type(other) is Item and self.value == other.value
+
+factor = 3
+table = {number: number * number for number in range(100)}
+local = threading.local()  # does not pickle
+rebound = "at the fork"
+
+def helper(value):
+    return factor * value + table[value]
+
+def of_number(value):
+    return helper(value), Scaled.unit
+
+def of_item(item):
+    return Item(helper(item.value))
+
+def use_local():
+    return type(local).__name__
+
+def tell_rebound():
+    return rebound
+
+def hold(started, gate):
+    started.tell(os.getpid())
+    gate.await_opening()
+
+def kill_forker():
+    # With both workers in a call. Returns calls that were pickled while it was alive.
+    running = [executor.submit(hold, started, gate) for _ in range(2)]
+    pids = [started.hear() for _ in running]
+    queued = (
+        [executor.submit(of_number, value) for value in range(50)],
+        [executor.submit(of_item, Item(value)) for value in range(50)],
+        [executor.submit(lambda value=value: of_number(value)) for value in range(50)],
+        [executor.submit(max, [value], key=helper) for value in range(50)],
+        executor.map(of_number, range(100)),
+        executor.map(of_item, map(Item, range(100)), chunksize=7),
+        executor.submit(use_local),
+        executor.submit(tell_rebound),
+    )
+    os.kill(Cluster().forker, signal.SIGKILL)
+    for future in running:
+        assert type(future.exception(60)) is WorkerDiedError, future.exception(60)
+    return queued
+
+def check(queued):
+    numbers, items, lambdas, keys, mapped_numbers, mapped_items, with_local, with_rebound = queued
+    values = [3 * value + value * value for value in range(100)]
+    expected = [(value, 10) for value in values]
+    assert [future.result(60) for future in numbers] == expected[:50]
+    assert [future.result(60) for future in items] == [Item(value) for value in values[:50]]
+    assert [future.result(60) for future in lambdas] == expected[:50]
+    assert [future.result(60) for future in keys] == list(range(50))
+    assert list(mapped_numbers) == expected
+    assert list(mapped_items) == [Item(value) for value in values]
+    error = with_local.exception(60)
+    told = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    assert type(error) is NameError and "could not be sent" in told, told
+    assert with_rebound.result(60) == "before the loss"
+
+if __name__ == "__main__":
+    started, gate = (Fifo(Path(path)) for path in sys.argv[1:])
+    with ScalerExecutor(2, multiprocessing.get_context("fork")) as executor:
+        assert executor.submit(use_local).result(60) == "_local"
+        rebound = "before the loss"
+        for turn in range(3):
+            check(kill_forker())
+    print("good")
+"""
+
+
+def test_forker_lost(scene: Scene) -> None:
+    """Calls that were pickled when workers inherited `__main__` run as well in those that do not, however often."""
+    output = scene.client(LOST_FORKER, scene.directory / "started", scene.directory / "gate").succeed()
+    assert output.splitlines()[-1] == "good", output
+
+
+SLOW_DEFINITIONS = """
+import multiprocessing, os, signal, sys, threading
+from pathlib import Path
+from scaler_executor import ScalerExecutor, WorkerDiedError
+from support import Cluster, Fifo
+
+kind, *paths = sys.argv[1:]
+
+class Slow:
+    def __reduce__(self):
+        started.tell("pickling in " + threading.current_thread().name)
+        if kind == "raises":
+            raise SystemExit
+        gate.await_opening()
+        return str, ("slow",)
+
+slow = Slow()
+
+def use(x):
+    return x, str(slow)
+
+def hold(started, gate):
+    started.tell()
+    gate.await_opening()
+
+if __name__ == "__main__":
+    started, gate = (Fifo(Path(path)) for path in paths)
+    executor = ScalerExecutor(1, multiprocessing.get_context("fork"))
+    running = executor.submit(hold, started, gate)
+    started.hear()
+    queued = [executor.submit(use, x) for x in range(20)]
+    # Whoever is blocked by a callback must not be who is to pickle.
+    running.add_done_callback(lambda _: queued[0].exception(60))
+    cluster = Cluster()
+    os.kill(cluster.forker, signal.SIGKILL)
+    assert started.hear().startswith("pickling")
+    assert type(running.exception(60)) is WorkerDiedError
+    if kind == "raises":
+        assert [type(future.exception(60)) for future in queued] == [AttributeError] * 20
+    else:
+        assert queued.pop().cancel() and not any(future.done() for future in queued)
+        if kind == "serve":
+            os.kill(cluster.serve, signal.SIGKILL)
+            assert all("signal 9" in str(future.exception(60)) for future in queued)
+        if kind == "client":
+            os.kill(os.getpid(), signal.SIGKILL)
+        gate.open()
+        if kind == "returns":
+            assert [future.result(60) for future in queued] == [(x, "slow") for x in range(19)]
+    executor.shutdown()
+    print("good")
+"""
+
+
+@pytest.mark.parametrize("kind", ["returns", "raises", "serve", "client"])
+def test_forker_lost_and_slow_definitions(scene: Scene, kind: str) -> None:
+    """While definitions are being pickled, calls wait, can be cancelled, and end with the cluster; however it ends."""
+    client = scene.client(SLOW_DEFINITIONS, kind, scene.directory / "started", scene.directory / "gate")
+    if kind == "client":
+        assert client.wait() == -9
+    else:
+        assert client.succeed().splitlines()[-1] == "good"
+
+
+LOST_AT_EXIT = """
+import multiprocessing, sys, threading
+from scaler_executor import ScalerExecutor
+from support import copy_of_fifo, copy_of_journal
+
+started, gate, exiting = map(copy_of_fifo, sys.argv[1:4])
+journal = copy_of_journal(sys.argv[4])
+
+def hold():
+    started.tell()
+    gate.await_opening()
+
+def note(x):
+    journal.write(x)
+
+executor = ScalerExecutor(1, multiprocessing.get_context("fork"))
+executor.submit(hold)
+for x in range(10):
+    executor.submit(note, x)
+threading._register_atexit(exiting.tell)
+"""
+
+
+def test_forker_lost_at_exit(scene: Scene) -> None:
+    """Accepted calls run also then, when no thread can be started any more."""
+    started, gate, exiting, journal = scene.fifo(), scene.fifo(), scene.fifo(), scene.journal()
+    client = scene.client(LOST_AT_EXIT, started.path, gate.path, exiting.path, journal.path)
+    started.hear()
+    exiting.hear()
+    os.kill(Cluster(client.pid).forker, signal.SIGKILL)
+    client.succeed()
+    assert [line[0] for line in journal.read()] == [str(x) for x in range(10)]

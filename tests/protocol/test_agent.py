@@ -5,6 +5,7 @@ import pytest
 from scaler_executor.protocol.agent import (
     FENCE_S,
     AgentState,
+    Disinherited,
     Drain,
     Drained,
     Exited,
@@ -42,6 +43,8 @@ from scaler_executor.protocol.messages import (
     ClientGone,
     DeathReport,
     Function,
+    InheritanceLost,
+    InheritanceReplaced,
     Options,
     ResultKind,
     TaskCancel,
@@ -267,6 +270,82 @@ def test_forker_lost_while_workers_start():
         assert out == [Fork(8 + number)]
     for number in range(5, 9):
         assert state.on(ForkFailed(number, "the forker was lost", forker_lost=True)) == [Fork(8 + number)]
+
+
+ASKED = Send(InheritanceLost(1, "lost"))
+DEFINITION = Function(0, "g", b"blob", CallStyle.DEFINITION, version=1)
+
+
+def test_inheritance_lost():
+    """No worker is ordered before the client has said what replaces it, and each is sent that with its first call."""
+    state = running()
+    assert state.run((2, 1)) == []
+    assert state.on(Disinherited("lost")) == [ASKED]
+    out = state.on(Exited(1, 2, 1, 0, REPORT, forker_lost=True))
+    assert out == [Send(TaskDied([(BASE + 1, 1, REPORT)]))]
+    assert state.run((3, 1)) == []  # asked once
+    assert state.got(InheritanceReplaced(1, [DEFINITION])) == [Fork(2)]
+    out = state.start_worker(2)
+    assert out == [start((1, 1, 0, 2), (2, 1, 0, 3), worker=2, functions=[DEFINITION, FUNCTION])]
+    state.records(value(1), value(2), batch_end(items=2), worker=2)
+    assert state.run((4, 1)) == [start((3, 1, 0, 4), worker=2, functions=[])]
+    # And so is each that comes later.
+    assert state.on(Exited(2, 3, 2, 0, REPORT)) == [Send(TaskDied([(BASE + 4, 1, REPORT)])), Fork(3)]
+    state.run((5, 1))
+    assert state.start_worker(3) == [start((1, 1, 0, 5), worker=3, functions=[DEFINITION, FUNCTION])]
+
+
+def test_inheritance_lost_while_idle():
+    """The client is asked when there is work."""
+    state = agent()
+    assert state.on(Disinherited("lost")) == []
+    assert state.run((1, 1)) == [ASKED]
+
+
+def test_inheritance_lost_while_workers_are_ordered():
+    """Those that the old forker was to fork are not ordered from the new one before the answer."""
+    state = agent()
+    assert state.run((1, 1)) == [Fork(1)]
+    assert state.on(Disinherited("lost")) == [ASKED]
+    assert state.on(ForkFailed(1, "lost", forker_lost=True)) == []
+    assert state.got(InheritanceReplaced(1, [])) == [Fork(2)]
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_another_forker_lost(is_answered):
+    """The client is asked once, however many forkers are lost before and behind its answer."""
+    state = agent()
+    state.on(Disinherited("lost"))
+    state.run((1, 1))
+    if is_answered:
+        assert state.got(InheritanceReplaced(1, [DEFINITION])) == [Fork(1)]
+        assert state.on(Disinherited("again")) == []
+        assert state.on(ForkFailed(1, "lost", forker_lost=True)) == [Fork(2)]
+    else:
+        assert state.on(Disinherited("again")) == []
+        assert state.got(InheritanceReplaced(1, [DEFINITION])) == [Fork(1)]
+
+
+def test_inheritance_lost_and_the_client_is_gone():
+    """Nobody is asked or waited for any more, and the agent can end."""
+    state = agent()
+    state.on(Disinherited("lost"))
+    assert state.run((1, 1)) == [ASKED]
+    assert state.got(ClientGone(1)) == []
+    state.cancel(1, 1)
+    assert state.on(Drain())[-1] == Drained()
+
+
+def test_inheritance_lost_and_another_client():
+    """One client's answer says nothing of another one."""
+    state = agent()
+    state.on(Disinherited("lost"))
+    state.run((1, 1))
+    with pytest.raises(RemoteProtocolError):
+        state.got(InheritanceReplaced(2, []))
+    assert state.got(InheritanceReplaced(1, [])) == [Fork(1)]
+    with pytest.raises(RemoteProtocolError):
+        state.got(InheritanceReplaced(1, []))
 
 
 def test_idle_worker_dies():

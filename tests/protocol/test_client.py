@@ -13,6 +13,7 @@ from scaler_executor.protocol.client import (
     CloseAsked,
     Closed,
     Deliver,
+    Disinherited,
     Finished,
     Lost,
     Received,
@@ -25,6 +26,8 @@ from scaler_executor.protocol.messages import (
     Bye,
     CancelKind,
     Function,
+    InheritanceLost,
+    InheritanceReplaced,
     Output,
     Refused,
     ResultKind,
@@ -338,6 +341,26 @@ def test_running_and_broken():
     state = client((1, 1))
     assert state.got(TaskRunning([1, 2])) == [Running([1])]
     assert state.got(WorkersBroken(1, "no")) == [Broken("no")]
+
+
+def test_inheritance_lost():
+    """What calls counted on is pickled elsewhere and then sent, behind the calls; unless it comes too late."""
+    state = client((1, 1))
+    assert state.got(InheritanceLost(1, "lost")) == [Disinherited("lost")]
+    definitions = [Function(0, "g", b"blob")]
+    sent = Send(InheritanceReplaced(0, definitions))
+    assert state.on(Batch([(2, 1, 0, b"")], definitions=definitions))[1:] == [sent]
+    assert state.on(Batch(definitions=[])) == [Send(InheritanceReplaced(0, []))]
+    state.got(TaskResult([result(1), result(2)]))
+    state.on(CloseAsked())
+    assert state.on(Batch(definitions=definitions)) == []
+
+
+def test_inheritance_replaced_for_a_scheduler_that_is_lost():
+    """Nobody is told."""
+    state = client()
+    state.on(SchedulerLost("gone"))
+    assert state.on(Batch(definitions=[])) == []
 
 
 def test_close():

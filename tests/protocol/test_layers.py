@@ -14,7 +14,8 @@ TESTS = Path(__file__).parent.parent
 PROTOCOL = sorted(PACKAGE.joinpath("protocol").glob("*.py"))
 ADAPTERS = sorted(PACKAGE.glob("adapters/**/*.py"))
 #: All that the pure layer may import besides itself.
-ALLOWED = {"bisect", 
+ALLOWED = {
+    "bisect",
     "__future__",
     "collections",
     "enum",

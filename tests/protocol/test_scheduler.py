@@ -16,6 +16,8 @@ from scaler_executor.protocol.messages import (
     DeathReport,
     Function,
     Hello,
+    InheritanceLost,
+    InheritanceReplaced,
     Options,
     Refused,
     ResultKind,
@@ -722,6 +724,28 @@ def test_workers_broken_at_one_of_two_agents():
     out = state.got(CLIENT, TaskSubmit([(1, 1, 1, b"p1")], [function()]))
     assert out == [Send(OTHER_AGENT, TaskRun([row()], [(1, function())]))]
     assert state.lost(OTHER_AGENT, stopped=True)[0].message.__class__ is WorkersBroken
+
+
+def test_inheritance_lost():
+    """The client that is meant is asked, and its answer goes to all agents that wait for it."""
+    state = scheduler()
+    state.got(OTHER_AGENT, Hello("agent"))
+    state.got(OTHER_CLIENT, Hello("client"))
+    lost, replaced = InheritanceLost(1, "lost"), InheritanceReplaced(1, [function()])
+    assert state.got(AGENT, lost) == [Send(CLIENT, lost)]
+    assert state.got(CLIENT, InheritanceReplaced(0, [function()])) == [Send(AGENT, replaced)]
+    assert state.got(CLIENT, InheritanceReplaced(0, [function()])) == []
+    state.got(AGENT, lost)
+    state.got(OTHER_AGENT, lost)
+    out = state.got(CLIENT, InheritanceReplaced(0, [function()]))
+    assert out == [Send(AGENT, replaced), Send(OTHER_AGENT, replaced)]
+
+
+def test_inheritance_lost_and_the_client_is_gone():
+    """It crossed the news: the agent has been told."""
+    state = scheduler()
+    assert state.lost(CLIENT) == [Send(AGENT, ClientGone(1))]
+    assert state.got(AGENT, InheritanceLost(1, "lost")) == []
 
 
 def test_agent_says_bye():

@@ -18,6 +18,7 @@ from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
     Bye,
+    CallStyle,
     CancelKind,
     DeathReport,
     ForkWorker,
@@ -74,6 +75,12 @@ class SimAgent:
         self.state = state
         self.workers: dict[int, SimWorker] = {}
         self.peer = 0
+        #: Workers that have been ordered and of which nothing has been heard.
+        self.ordered: set[int] = set()
+        #: Whether workers inherit their client's process.
+        self.inherits = True
+        #: The forker is dead and the agent has not noticed.
+        self.has_lost_forker = False
         #: It has ended, or was killed.
         self.gone = False
         self.was_killed = False
@@ -178,6 +185,8 @@ class Cluster:
     def _on_command(self, key: Key, message: Any) -> None:
         """Agent to forker."""
         agent = self.agents[key[1]]
+        if agent.has_lost_forker:
+            return
         if isinstance(message, ForkWorker):
             self.post(("fork", agent.index), message.worker_id)
             return
@@ -204,6 +213,7 @@ class Cluster:
             self.post(("report", agent.index), agents.ForkFailed(worker_id, "no memory"))
             return
         worker = agent.workers[worker_id] = SimWorker(agent.index, worker_id, fate)
+        worker.inherits = agent.inherits
         self.post(("report", agent.index), agents.Forked(worker_id, 1000 + worker_id))
         self.may_step(worker)
 
@@ -262,7 +272,7 @@ class Cluster:
             return
         self.worker_died(worker)
 
-    def worker_died(self, worker: SimWorker) -> None:
+    def worker_died(self, worker: SimWorker, forker_lost: bool = False) -> None:
         """The process is gone."""
         if worker.dead:
             return
@@ -278,7 +288,7 @@ class Cluster:
             report = DeathReport("killed", worker.exit_code, worker_id=worker.worker_id)
             self.post(
                 ("report", worker.agent),
-                agents.Exited(worker.worker_id, page[CURRENT], page[DONE], page[ITEM], report),
+                agents.Exited(worker.worker_id, page[CURRENT], page[DONE], page[ITEM], report, forker_lost),
             )
 
     def ring(self, worker: SimWorker) -> None:
@@ -300,6 +310,16 @@ class Cluster:
         agent = self.agents[key[1]]
         if agent.gone:
             return
+        if isinstance(report, agents.Disinherited):
+            self.queues.pop(("command", agent.index), None)
+            agent.has_lost_forker = agent.inherits = False
+            ordered, agent.ordered = agent.ordered, set()
+            self.to_agent(agent, report)
+            for worker_id in sorted(ordered):
+                self.to_agent(agent, agents.ForkFailed(worker_id, "the forker was lost", forker_lost=True))
+            return
+        if isinstance(report, (agents.Forked, agents.ForkFailed)):
+            agent.ordered.discard(report.worker_id)
         if isinstance(report, agents.Exited):
             # A result that is in the pipe counts, whatever happened afterwards.
             self.read_pipe(agent, report.worker_id)
@@ -372,6 +392,7 @@ class Cluster:
             worker.inbox.append(instruction.message)
             self.may_step(worker)
         elif isinstance(instruction, agents.Fork):
+            agent.ordered.add(instruction.worker_id)
             self.post(("command", index), ForkWorker(instruction.worker_id))
         elif isinstance(instruction, agents.Interrupt):
             self.post(("command", index), InterruptWorker(instruction.worker_id, instruction.seq))
@@ -466,10 +487,17 @@ class Cluster:
                 assert futures[no].settled, f"task {no} is finished with {futures[no].outcomes}"
                 assert not futures[no].finished
                 futures[no].finished = True
+        elif isinstance(instruction, clients.Disinherited):
+            self.post(("definitions", client.index), None)
         elif isinstance(instruction, clients.Closed):
             client.closed = True
         else:
             assert isinstance(instruction, (clients.Running, clients.Broken))
+
+    def _on_definitions(self, key: Key, _: None) -> None:
+        """The client has pickled what calls counted on."""
+        definition = Function(0, "global", b"", CallStyle.DEFINITION, version=1)
+        self.to_client(self.clients[key[1]], clients.Batch(definitions=[definition]))
 
     def _check_result(self, client: SimClient, first_no: int, count: int, kind: int, payload: bytes) -> None:
         items = [(client.index, no) for no in range(first_no, first_no + count)]
@@ -489,6 +517,7 @@ class Cluster:
     def item_starts(self, worker: SimWorker) -> None:
         item = worker.current_item()
         self.note(f"worker {worker.worker_id} of agent {worker.agent}", "starts", item)
+        assert worker.inherits or worker.is_defined, f"{item} runs without what it counts on"
         assert item not in self.running, f"{item} runs twice at the same time"
         assert item not in self.confirmed, f"{item} started after its cancel was confirmed"
         self.starts[item] += 1
@@ -511,6 +540,17 @@ class Cluster:
         self.queues.pop(("down", peer), None)
         self.peers.pop(peer)
         self.post(("up", peer), schedulers.PeerLost(peer, "died", stopped=True))
+
+    def lose_forker(self, agent: SimAgent) -> None:
+        """A forker dies, and with it its workers. Another one is there when its agent has noticed."""
+        agent.has_lost_forker = True
+        self.queues.pop(("fork", agent.index), None)
+        self.post(("report", agent.index), agents.Disinherited("the forker was lost"))
+        for worker in agent.workers.values():
+            if worker.alive:
+                worker.killed = True
+                worker.exit_code = -9
+                self.worker_died(worker, forker_lost=True)
 
     def lose_agent(self, agent: SimAgent, stopped: bool) -> None:
         """An agent's process dies, and with it its forker and workers."""
@@ -550,6 +590,7 @@ class Cluster:
             calls, hiring = inner._calls, inner._hiring
             rest = (inner._functions, hiring.broken, hiring.gone_clients, calls.stopping, calls.to_freeze)
             assert not any(rest), rest
+            assert not inner._inheritance._definitions and not agent.ordered
             assert not hiring.old_workers and not hiring._start_failures and not inner._crew.next_queued()
         assert not self.running
 

@@ -137,7 +137,7 @@ class Small(Cluster):
                 key[0] == "fork"
                 or (key[0] == "bell" and key[2] in new)
                 or (key[0] == "command" and isinstance(head, ForkWorker))
-                or (key[0] == "report" and head.worker_id in new)
+                or (key[0] == "report" and getattr(head, "worker_id", None) in new)
             ):
                 actions.append(("deliver", key))
         steps = [("step", worker_id) for worker_id in new if worker_id in agent.workers]
@@ -146,6 +146,8 @@ class Small(Cluster):
     def possible(self, op: Action) -> list[Action]:
         if op[0] == "kill":
             return [("kill", worker.worker_id) for worker in self.agents[0].workers.values() if worker.alive]
+        if op[0] == "lose forker" and self.agents[0].has_lost_forker:
+            return []  # there is none
         return [op]
 
     def do(self, action: Action) -> None:
@@ -176,6 +178,8 @@ class Small(Cluster):
                     self.deliver(key)  # a request under way is one that is made later
         elif action[0] == "lose client":
             self.lose_client(client)
+        elif action[0] == "lose forker":
+            self.lose_forker(agent)
         else:
             assert action[0] == "drain"
             self.to_agent(agent, agents.Drain())
@@ -337,6 +341,10 @@ SCENARIOS: dict[str, tuple[list[Action], list[int], bool, float, str]] = {
     "soft cancel of a run": ([("cancel", SOFT, [4])], [2], True, 0.0, "unwind"),
     "forced cancel of a run": ([("cancel", FORCED, [4])], [2], True, 0.0, "unwind"),
     "soft raised to forced": ([("cancel", SOFT, [5]), ("cancel", FORCED, [5])], [1, 1], True, 0.0, "unwind"),
+    "forker dies": ([("lose forker",)], [1, 1], False, 0.0, "unwind"),
+    "forker dies with both in one": ([("lose forker",)], [1, 1], True, 0.0, "unwind"),
+    "two forkers die": ([("lose forker",), ("lose forker",)], [1, 1], True, 0.0, "unwind"),
+    "forker and client die": ([("lose forker",), ("lose client",)], [1], False, 0.0, "unwind"),
     "client dies": ([("lose client",)], [1, 1], False, 0.0, "unwind"),
     "client dies with both in one": ([("lose client",)], [1, 1], True, 0.0, "unwind"),
 }

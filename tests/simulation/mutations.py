@@ -18,6 +18,7 @@ from typing import Any
 from scaler_executor.protocol import agent, scheduler
 from scaler_executor.protocol.agent_calls import AgentCalls
 from scaler_executor.protocol.agent_dispatch import Dispatch
+from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
 from scaler_executor.protocol.messages import CancelKind, DeathReport
@@ -249,6 +250,29 @@ def no_recall_from_busy_workers() -> list[Change]:
     return [(Dispatch, "_recall", lambda self, worker: 0)]
 
 
+def start_before_the_definitions_are_there() -> list[Change]:
+    """The agent orders workers that inherit nothing while it waits for their client's answer."""
+    original = Inheritance.may_start
+
+    def may_start(self: Any, client_id: int) -> bool:
+        original(self, client_id)
+        return True
+
+    return [(Inheritance, "may_start", may_start)]
+
+
+def send_the_definitions_once() -> list[Change]:
+    """The agent sends what replaces the inheritance to the first worker alone."""
+
+    def definitions(self: Any, client_id: int) -> Any:
+        found = self._definitions.get(client_id) or []
+        if found:
+            self._definitions[client_id] = []
+        return found
+
+    return [(Inheritance, "definitions", definitions)]
+
+
 MUTATIONS: list[Callable[[], list[Change]]] = [
     drop_the_crossing_result,
     requeue_while_cancelling,
@@ -272,6 +296,8 @@ MUTATIONS: list[Callable[[], list[Change]]] = [
     forget_the_partial_answer,
     read_the_pipe_after_deciding,
     no_recall_from_busy_workers,
+    start_before_the_definitions_are_there,
+    send_the_definitions_once,
 ]
 
 

@@ -158,7 +158,9 @@ class Run(Cluster):
 
     def some_fault(self, _: None) -> None:
         rng = self.rng
-        what = rng.choice(["worker", "worker", "worker", "agent", "client", "drain", "cut", "cut", "look"])
+        what = rng.choice(
+            ["worker", "worker", "worker", "agent", "client", "drain", "cut", "cut", "look", "forker", "forker"]
+        )
         agent = rng.choice(self.agents)
         if what == "worker" and agent.workers:
             worker = rng.choice(list(agent.workers.values()))
@@ -180,6 +182,9 @@ class Run(Cluster):
         elif what == "drain" and sum(not other.gone for other in self.agents) > 1 and not agent.gone:
             self.note("fault: drain", agent.index)
             self.to_agent(agent, agents.Drain())
+        elif what == "forker" and not agent.gone and not agent.has_lost_forker:
+            self.note("fault: forker", agent.index)
+            self.lose_forker(agent)
         elif what == "cut" and self.links:
             self.cut(rng.choice(list(self.links)))
         elif what == "look" and not agent.gone:

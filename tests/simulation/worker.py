@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from scaler_executor.protocol.messages import WorkerRun
+from scaler_executor.protocol.messages import CallStyle, WorkerRun
 from scaler_executor.protocol.page import (
     CURRENT,
     DONE,
@@ -67,6 +67,9 @@ class SimWorker:
         self.hung_up = False
         self.pipe: list[tuple[int, int, int, bytes]] = []
         self.pc = "start"
+        #: It has what its client's process had when its forker was forked; or what replaces that.
+        self.inherits = True
+        self.is_defined = False
         self.dead = False
         self.killed = False
         self.frozen = 0
@@ -135,7 +138,9 @@ class SimWorker:
         if not self.inbox:
             self._exit(cluster, 0)
             return
-        self.calls.extend(self.inbox.popleft().calls)
+        message = self.inbox.popleft()
+        self.is_defined = self.is_defined or any(f.style == CallStyle.DEFINITION for f in message.functions)
+        self.calls.extend(message.calls)
         self.ran, self.seconds = 0, 0.0
         self._take_next(cluster)
 
