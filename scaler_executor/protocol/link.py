@@ -49,11 +49,11 @@ RESEND_BYTES: Final = 64 << 20
 #: Received packets are acknowledged after so long, or after so many, if nothing is sent that would do it by the way.
 ACK_AFTER_S: Final = 0.2
 ACK_AFTER_PACKETS: Final = 64
-#: ... or after so many bytes, for the sender waits for that.
-ACK_AFTER_BYTES: Final = 1 << 17
+#: ... or after so many bytes, for the sender may wait for that.
+ACK_AFTER_BYTES: Final = 1 << 15
 #: The window in bytes: at first, at least, at most.
 WINDOW_BYTES: Final = 1 << 19
-MIN_WINDOW_BYTES: Final = 1 << 16
+MIN_WINDOW_BYTES: Final = 1 << 17
 MAX_WINDOW_BYTES: Final = 8 << 20
 #: An acknowledgement may come so much later than the quickest one did: beyond that the window shrinks.
 MAX_DELAY_S: Final = 0.04
@@ -82,13 +82,14 @@ class Data(msgspec.Struct, array_like=True, tag=2):
 
 
 class Ack(msgspec.Struct, array_like=True, tag=3):
-    """The sender has received all up to `received`. It read `sent_at` on its clock, and in the receiver's last Ack,
-    `echo`."""
+    """The sender has received all up to `received`, the last of it `held_s` ago. It read `sent_at` on its clock, and in
+    the receiver's last Ack, `echo`."""
 
     epoch: int
     received: int
     sent_at: float = 0.0
     echo: float = 0.0
+    held_s: float = 0.0
 
 
 Frame: TypeAlias = Greeting | Data | Ack
@@ -201,6 +202,7 @@ class LinkState:
         self._resized_at = now
         #: Number of the last packet that was received and delivered.
         self._received = 0
+        self._received_at = now
         #: What of that the other end has been told in this epoch, and how many bytes came since.
         self._acked = 0
         self._unacked_bytes = 0
@@ -404,6 +406,7 @@ class LinkState:
         if frame.seq != self._received + 1:
             raise RemoteProtocolError(f"packet {frame.seq} after {self._received}")
         self._received = frame.seq
+        self._received_at = self._now
         last = self._out[-1] if self._out else None
         if isinstance(last, Deliver):
             last.packets.append(frame.packet)
@@ -422,7 +425,7 @@ class LinkState:
         sent_at = next((at for seq, _, _, at in kept if seq == frame.received), None) if kept else None
         self._forget_up_to(frame.received)
         if sent_at is not None:
-            self._resize(self._now - sent_at)
+            self._resize(max(0.0, self._now - sent_at - max(0.0, frame.held_s)))
 
     def _resize(self, delay_s: float) -> None:
         """Make the window fit the time that an acknowledgement took."""
@@ -470,7 +473,9 @@ class LinkState:
         ):
             self._acked, self._unacked_bytes, self._ack_due = self._received, 0, None
             self._said_at = self._now
-            self._out.append(Transmit(Ack(self._epoch, self._received, self._now, self._peer_clock)))
+            self._out.append(
+                Transmit(Ack(self._epoch, self._received, self._now, self._peer_clock, self._now - self._received_at))
+            )
 
     def _lose(self, reason: str) -> None:
         self._become(LOST, "lost", reason)

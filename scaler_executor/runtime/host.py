@@ -156,6 +156,7 @@ class SchedulerHost:
                 send=self._to_scheduler.append,
                 upstream_bytes=self._upstream_bytes,
                 restart_forker=workers.start_forker,
+                inherits=False,
                 is_ending=lambda: False,
                 on_drained=lambda: None,
             )
@@ -163,7 +164,9 @@ class SchedulerHost:
         self._reread_at = monotonic() + REREAD_S
         _watch_ends(self.loop, self.drain, self.stop)
         self._end_by: float | None = None
-        self._is_ending = False
+        self._is_ending = self._is_stopped = False
+        #: When it ends, whether its last words have arrived or not.
+        self._leave_by: float | None = None
         self.exit_code = 0
 
     def run(self) -> int:
@@ -171,7 +174,10 @@ class SchedulerHost:
         gc.freeze()
         gc.set_threshold(200_000, 20, 100)
         self.loop.run(self._next_deadline, self._on_deadline, self._work, lambda: False)
-        self._leave()
+        if self._agent is not None:
+            self._agent.close()
+        self.listener.close()
+        self._workers.join()
         return self.exit_code
 
     def drain(self) -> None:
@@ -185,7 +191,21 @@ class SchedulerHost:
         """End now, whatever runs."""
         if self._scheduler.outstanding:
             self.exit_code = EXIT_STOPPED
-        self.loop.stop()
+        if self._agent is not None:
+            self._agent.close()
+        self._is_stopped = self._is_ending = True
+        self._leave()
+
+    def _leave(self) -> None:
+        """Say farewell, and end when that has arrived."""
+        if self._leave_by is None:
+            self._leave_by = monotonic() + LAST_WORDS_S
+            for peer in list(self._peers.values()):
+                self.listener.send(peer, Refused("the cluster has been closed", RefusalKind.UNREACHABLE))
+        elif self._leave_by > monotonic() and not all(peer.is_idle for peer in self._peers.values()):
+            return
+        else:
+            self.loop.stop()
 
     # The loop
 
@@ -195,8 +215,8 @@ class SchedulerHost:
         while more:
             more = self.listener.drain()
             more = self._exchange() or more
-        if self._is_ending and not self._scheduler.outstanding:
-            self.loop.stop()
+        if self._is_ending and (self._is_stopped or not self._scheduler.outstanding):
+            self._leave()
 
     def _exchange(self) -> bool:
         """Pass messages between scheduler and local agent. Return whether there were any."""
@@ -218,6 +238,7 @@ class SchedulerHost:
             agent_deadline,
             self.listener.next_deadline(),
             self._end_by,
+            self._leave_by,
             self._reread_at,
         )
         return min(deadline for deadline in deadlines if deadline is not None)
@@ -225,6 +246,7 @@ class SchedulerHost:
     def _on_deadline(self) -> None:
         now = monotonic()
         if self._end_by is not None and self._end_by <= now:
+            self._end_by = None
             self.stop()
         if self._reread_at <= now:
             self._reread_at = now + REREAD_S
@@ -234,15 +256,6 @@ class SchedulerHost:
             self._agent.handle(agent_protocol.Tick())
             self._agent.upstream_has_room()
         self._feed(scheduler_protocol.Tick())
-
-    def _leave(self) -> None:
-        """Say farewell and end the workers."""
-        for peer in list(self._peers.values()):
-            self.listener.send(peer, Refused("the cluster has been closed", RefusalKind.UNREACHABLE))
-        if self._agent is not None:
-            self._agent.close()
-        self.listener.close()
-        self._workers.join()
 
     # Peers
 
@@ -343,6 +356,7 @@ class AgentHost:
             send=self._dialer_send,
             upstream_bytes=self._upstream_bytes,
             restart_forker=workers.start_forker,
+            inherits=False,
             is_ending=lambda: False,
             on_drained=self._on_drained,
         )

@@ -86,6 +86,11 @@ class Session:
         """What waits to be sent."""
         return self._outbox.pending_bytes
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was sent has arrived."""
+        return not self.pending_bytes and not self.link.outstanding
+
     def send(self, message: Message) -> None:
         """Have a message sent, when there is room."""
         self._outbox.put(message)
@@ -173,6 +178,7 @@ class Listener:
         on_lost: Callable[[Peer, str], None],
         lease_s: float,
     ) -> None:
+        self._loop = loop
         self._find_user = find_user
         self._on_message = on_message
         self._on_lost = on_lost
@@ -254,6 +260,8 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening. What has been handed to zmq is given a moment to leave."""
+        for sock in (self._zap, self._router):
+            self._loop.forget(sock.getsockopt(zmq.FD))  # type: ignore[arg-type]
         self._context.destroy(500)
 
     def _answer_zap(self, request: list[bytes]) -> None:
@@ -449,7 +457,7 @@ class Dialer:
     @property
     def is_idle(self) -> bool:
         """Whether everything that was sent has arrived."""
-        return not self.session.pending_bytes and not self.session.link.outstanding
+        return self.session.is_idle
 
     def renew(self) -> None:
         """Begin another session."""

@@ -86,7 +86,7 @@ def test_acknowledged_after_a_while():
     link = up()
     link.got(Data(1, 1, 0, "x"))
     assert link.next_deadline() == ACK_AFTER_S
-    assert link.tick(ACK_AFTER_S) == [Transmit(Ack(1, 1, sent_at=ACK_AFTER_S))]
+    assert link.tick(ACK_AFTER_S) == [Transmit(Ack(1, 1, sent_at=ACK_AFTER_S, held_s=ACK_AFTER_S))]
     assert link.next_deadline() is None
 
 
