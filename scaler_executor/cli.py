@@ -22,6 +22,7 @@ Run an unmodified Python program in which concurrent.futures.ProcessPoolExecutor
 without us: its arguments, standard input, exit code and Ctrl-C. What stands behind PROGRAM, COMMAND or MODULE belongs
 to the program.
 """
+_ADDRESS_HELP = "a connection file (default: SCALER_EXECUTOR_ADDRESS, or the cluster that is served here)"
 _SERVE_DESCRIPTION = """\
 Host a cluster: a scheduler, and workers on this machine. Whoever has its connection file, and only they, can run calls
 on it, as the user who serves; carry the file to another machine to use the cluster from there, or to join it with that
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(subcommands)
     _add_serve(subcommands)
     _add_keygen(subcommands)
+    _add_status(subcommands)
+    _add_cancel(subcommands)
     return parser
 
 
@@ -220,6 +223,41 @@ def _run_keygen(arguments: argparse.Namespace) -> int:
         print(f"scaler-executor keygen: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_status(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "show what a served cluster is doing: machines, clients, running calls"
+    status = subcommands.add_parser("status", help=summary, description=summary.capitalize() + ".")
+    status.add_argument("address", nargs="?", metavar="ADDRESS", help=_ADDRESS_HELP)
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(run=_run_status)
+
+
+def _run_status(arguments: argparse.Namespace) -> int:
+    from scaler_executor import operating
+
+    return operating.run(lambda: operating.status(arguments.address, as_json=arguments.json), "status")
+
+
+def _add_cancel(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "stop calls of a served cluster, whosever they are"
+    cancel = subcommands.add_parser("cancel", help=summary, description=summary.capitalize() + ".")
+    cancel.add_argument("address", metavar="ADDRESS", help=_ADDRESS_HELP)
+    cancel.add_argument("tasks", nargs="+", type=_task, metavar="TASK", help="as `status` names them, 3.17 say")
+    cancel.set_defaults(run=_run_cancel)
+
+
+def _run_cancel(arguments: argparse.Namespace) -> int:
+    from scaler_executor import operating
+
+    return operating.run(lambda: operating.cancel(arguments.address, arguments.tasks), "cancel")
+
+
+def _task(text: str) -> tuple[int, int]:
+    client_id, _, no = text.partition(".")
+    if not (client_id.isdecimal() and no.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a task; they are named 3.17, say")
+    return int(client_id), int(no)
 
 
 def _not_negative(text: str) -> int:

@@ -406,6 +406,8 @@ class ClientState:
     def _confirms(self, message: TaskCancelConfirm) -> None:
         for no, cancel_no, kind, first, count, proven in message.confirms:
             task = self._tasks.get(no)
+            if task is PLAIN:
+                task = self._tasks[no] = ClientTask(no, SENT, 1)
             if task is None or (cancel_no != task.cancel_no and kind == TaskCancelConfirmType.CANCEL_FAILED):
                 self.stale += 1  # over, or a newer request is out: its answer counts
                 continue
@@ -426,6 +428,11 @@ class ClientState:
             self._out.append(CancelRefused([task.no]))
         else:
             raise RemoteProtocolError(f"confirm of type {kind}")
+
+    def _stopped_by_operator(self, task: ClientTask, kind: int, first: int, count: int, proven: bool) -> None:
+        if kind != TaskCancelConfirmType.CANCELED:
+            raise RemoteProtocolError(f"confirm of type {kind} without a request, task {task.no}")
+        self._cancelled(task, first, count, "CANCELED" if proven else "UNCONFIRMED")
 
     def _cancelled(self, task: ClientTask, first: int, count: int, cause: Cause) -> None:
         self._story.add(self._now, task.no, cause, task.state, task.state, f"items {first}+{count}")
@@ -483,8 +490,9 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     SENT: {
         "CANCEL": ClientState._ask,
         "RESULT": ClientState._deliver,
-        # Nothing was asked. A late CancelFailed does not come here: its number is looked at before the state.
-        "CONFIRM": peer_error,
+        # Nothing was asked, by this client. A late CancelFailed does not come here: its number is looked at before the
+        # state.
+        "CONFIRM": ClientState._stopped_by_operator,
     },
     CANCELING: {
         "CANCEL": ClientState._raise_or_join,

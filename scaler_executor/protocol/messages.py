@@ -56,6 +56,10 @@ Payload: TypeAlias = "bytes | Frames"
 WirePayload: TypeAlias = bytes | msgspec.msgpack.Ext
 
 
+#: In the place of a client's cancel_no: somebody else has stopped its call.
+BY_OPERATOR: Final = -1
+
+
 class CancelKind(IntEnum):
     """How far a TaskCancel may go."""
 
@@ -338,6 +342,66 @@ class SessionLost(Message, tag=25):
     reason: str
 
 
+class StatusAsk(Message, tag=26):
+    """Observer to scheduler: what is going on?"""
+
+
+class AgentStatus(msgspec.Struct):
+    """A machine: `held` tasks are there, queued or running, since `age_s` seconds."""
+
+    name: str
+    workers: int
+    held: int
+    age_s: float
+
+
+class ClientStatus(msgspec.Struct):
+    """A client, with the calls of its that run and the items that wait."""
+
+    client_id: int
+    name: str
+    running: int
+    queued: int
+    age_s: float
+
+
+class CallStatus(msgspec.Struct):
+    """A call, or run of `items`, that has been seen running for `age_s` seconds."""
+
+    client_id: int
+    no: int
+    function: str
+    age_s: float
+    items: int
+    agent: str
+
+
+class StatusReport(Message, tag=27):
+    """Scheduler to observer. `calls` are the oldest ones of the `running`; `done` and `rate` count items."""
+
+    agents: list[AgentStatus]
+    clients: list[ClientStatus]
+    calls: list[CallStatus]
+    running: int
+    queued: int
+    done: int
+    rate: float
+    version: int
+    python: str
+
+
+class OperatorCancel(Message, tag=28):
+    """Observer to scheduler: stop these tasks, (client_id, no), by force."""
+
+    tasks: list[tuple[int, int]]
+
+
+class OperatorAnswer(Message, tag=29):
+    """Scheduler to observer: of the tasks that were named, those that are being stopped."""
+
+    tasks: list[tuple[int, int]]
+
+
 class WorkerRun(Message, tag=22):
     """Agent to worker: calls of one function, to be made in this order."""
 
@@ -454,5 +518,8 @@ AgentMessage: TypeAlias = (
     | Output
 )
 ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | InheritanceReplaced | Bye
+ObserverMessage: TypeAlias = Hello | Bye | StatusAsk | OperatorCancel
+FromPeerMessage: TypeAlias = ClientMessage | AgentMessage | ObserverMessage
+ToObserverMessage: TypeAlias = Welcome | Refused | StatusReport | OperatorAnswer
 ToForkerMessage: TypeAlias = ForkerSetup | ForkWorker | InterruptWorker | FreezeWorker | KillWorker
 ForkerMessage: TypeAlias = WorkerForked | WorkerForkFailed | WorkerFrozen | WorkerExited

@@ -11,10 +11,12 @@ from __future__ import annotations
 import bisect
 from typing import Any, Final
 
+from scaler_executor.protocol import scheduler_status
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.functions import ReceivedFunction
 from scaler_executor.protocol.machine import Transition, unreachable
 from scaler_executor.protocol.messages import (
+    BY_OPERATOR,
     CLIENT_ID_SHIFT,
     PROTOCOL_VERSION,
     AgentCapacity,
@@ -27,9 +29,12 @@ from scaler_executor.protocol.messages import (
     Hello,
     InheritanceLost,
     InheritanceReplaced,
+    OperatorAnswer,
+    OperatorCancel,
     RefusalKind,
     Refused,
     ResultKind,
+    StatusAsk,
     TaskCancel,
     TaskDied,
     TaskReturned,
@@ -42,9 +47,11 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_events import Drain, Drop, Event, Instruction, PeerLost, Received, Send, Tick
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
-from scaler_executor.protocol.scheduler_rows import CANCELING, FENCING, QUEUED, RECALLING, Agent, Client, Task
+from scaler_executor.protocol.scheduler_rows import CANCELING, FENCING, QUEUED, RECALLING, Agent, Client, Observer, Task
 from scaler_executor.protocol.scheduler_tasks import CANCELED, EVENTS, FAILED, NOT_FOUND, STATES, TABLE, SchedulerTasks
 
+#: Longer names of peers are cut.
+MAX_NAME: Final = 200
 #: An agent that is cut off stops its calls before this time is over (see `agent.FENCE_S`), so that nothing runs twice.
 FENCE_S: Final = 10.0
 
@@ -63,7 +70,8 @@ class SchedulerState:
         self._assignment = Assignment(self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
         #: {peer: Client or Agent}, from Hello until the peer is lost or says Bye.
-        self._peers: dict[int, Client | Agent] = {}
+        self._peers: dict[int, Client | Agent | Observer] = {}
+        self._tally = scheduler_status.Tally()
         #: When the tasks in FENCING are decided: [(deadline, [Task])], earliest first.
         self._fences: list[tuple[float, list[Task]]] = []
         self._last_client_id = 0
@@ -158,6 +166,8 @@ class SchedulerState:
                 self._from_agent(peer, message)
         elif isinstance(peer, Client):
             self._from_client(peer, message)
+        elif isinstance(peer, Observer):
+            self._from_observer(peer, message)
         elif isinstance(message, Hello):
             self._hello(peer_id, message)
         else:
@@ -167,20 +177,23 @@ class SchedulerState:
         if message.version != PROTOCOL_VERSION:
             reason = f"it speaks version {message.version} of the protocol, the scheduler {PROTOCOL_VERSION}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
-        elif self._python and message.python != self._python:
+        elif self._python and message.python != self._python and message.role != "observer":
             reason = f"it runs Python {message.python or 'unknown'}, the scheduler {self._python}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
             self._last_client_id += 1
             workers = sum(agent.workers for agent in self._assignment.agents)
-            self._peers[peer_id] = Client(peer_id, self._last_client_id)
+            self._peers[peer_id] = Client(peer_id, self._last_client_id, message.name[:MAX_NAME], self._output.now)
             self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id, workers=workers)))
         elif message.role == "agent":
-            agent = self._peers[peer_id] = Agent(peer_id, message.name)
+            agent = self._peers[peer_id] = Agent(peer_id, message.name[:MAX_NAME], self._output.now)
             self._assignment.agents.append(agent)
             self._output.instructions.append(Send(peer_id, Welcome(0)))
+        elif message.role == "observer":
+            self._peers[peer_id] = Observer(peer_id)
+            self._output.instructions.append(Send(peer_id, Welcome(0)))
         else:
-            raise RemoteProtocolError(f"role {message.role!r}")
+            raise RemoteProtocolError(f"role {message.role[:MAX_NAME]!r}")
 
     def _refuse(self, peer_id: int, reason: str, kind: RefusalKind) -> None:
         self._output.instructions += [Send(peer_id, Refused(reason, kind)), Drop(peer_id, reason, error=True)]
@@ -299,16 +312,46 @@ class SchedulerState:
             client.confirms.append((no, cancel_no, NOT_FOUND, 0, 0, True))
             self._output.touched[client] = None
 
+    # From observers
+
+    def _from_observer(self, observer: Observer, message: Any) -> None:
+        if isinstance(message, StatusAsk):
+            status = scheduler_status.report(
+                [peer for peer in self._peers.values() if not isinstance(peer, Observer)],
+                self._tasks.by_id.values(),
+                self._tally,
+                self._output.now,
+                PROTOCOL_VERSION,
+                self._python,
+            )
+            self._output.instructions.append(Send(observer.peer, status))
+        elif isinstance(message, OperatorCancel):
+            stopped = []
+            for client_id, no in message.tasks:
+                task = self._tasks.by_id.get(client_id << CLIENT_ID_SHIFT | no)
+                if 0 < no < 1 << CLIENT_ID_SHIFT and task is not None and not task.client.gone:
+                    stopped.append((client_id, no))
+                    self._tasks.step(task, "CANCEL", BY_OPERATOR, CancelKind.FORCED)
+            self._output.instructions.append(Send(observer.peer, OperatorAnswer(stopped)))
+        elif isinstance(message, Bye):
+            self._output.instructions.append(Drop(observer.peer, "bye"))
+            self._peer_lost(observer.peer, "bye", stopped=True)
+        else:
+            raise RemoteProtocolError(f"{type(message).__name__} from an observer")
+
     # From agents
 
     def _agent_results(self, agent: Agent, message: AgentResult) -> None:
         tasks, by_id, table = self._tasks, self._tasks.by_id, TABLE
+        items = 0
         for task_id, attempt, first, count, kind, payload in message.results:
             task = by_id.get(task_id)
             if task is None or task.agent is not agent or task.attempt != attempt:
                 self.stale += 1
             else:
+                items += count
                 table[task.state]["RESULT"](tasks, task, first, count, kind, payload)
+        self._tally.add(items, self._output.now)
 
     def _from_agent(self, agent: Agent, message: Any) -> None:
         if isinstance(message, AgentConfirm):
@@ -332,6 +375,8 @@ class SchedulerState:
             by_id, touched = self._tasks.by_id, self._output.touched
             for task_id in message.tasks:
                 if (task := by_id.get(task_id)) is not None and task.agent is agent and not task.client.gone:
+                    if task.running_since is None:
+                        task.running_since = self._output.now
                     task.client.running.append(task.no)
                     touched[task.client] = None
         elif isinstance(message, AgentCapacity):

@@ -49,6 +49,8 @@ class Task:
     #: Newest cancel request of the user, in CANCELING and FENCING; 0: none, or nobody to answer.
     user_cancel_no: int = 0
     kind: CancelKind = CancelKind.RECALL
+    #: When it was first seen running, of this attempt.
+    running_since: float | None = None
     #: A recall has been refused once: it was running. It is not asked again.
     recall_refused: bool = False
 
@@ -82,9 +84,12 @@ class Task:
 class Client:
     """A client as the scheduler sees it."""
 
-    def __init__(self, peer: int, client_id: int) -> None:
+    def __init__(self, peer: int, client_id: int, name: str = "", now: float = 0.0) -> None:
         self.peer = peer
         self.client_id = client_id
+        self.name = name
+        #: When it came.
+        self.since = now
         self.base = client_id << CLIENT_ID_SHIFT
         self.functions: dict[int, ReceivedFunction] = {0: _NO_FUNCTION}
         #: Tasks in QUEUED, next first, among entries that are GONE.
@@ -103,12 +108,21 @@ class Client:
         self.running: list[int] = []
 
 
+class Observer:
+    """Somebody who only looks."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+
+
 class Agent:
     """An agent as the scheduler sees it."""
 
-    def __init__(self, peer: int, name: str) -> None:
+    def __init__(self, peer: int, name: str, now: float = 0.0) -> None:
         self.peer = peer
         self.name = name
+        #: When it came.
+        self.since = now
         #: How many tasks it wants to hold at once.
         self.capacity = 0
         self.workers = 0

@@ -146,7 +146,7 @@ class SchedulerTasks:
     def _retry_or_fail(self, task: Task, report: DeathReport) -> None:
         task.deaths += 1
         if task.deaths <= task.function.function.options.retries:
-            task.state, task.agent_cancel_no = ASSIGNED, 0
+            task.state, task.agent_cancel_no, task.running_since = ASSIGNED, 0, None
             self._requeue(task, new_attempt=True)
             return
         report.attempt = task.attempt

@@ -25,9 +25,8 @@ from scaler_executor.protocol import link
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, RemoteProtocolError
 from scaler_executor.protocol.messages import (
-    AgentMessage,
     Bye,
-    ClientMessage,
+    FromPeerMessage,
     Hello,
     Message,
     RefusalKind,
@@ -140,7 +139,7 @@ class SchedulerHost:
         self._grace_s = grace_s
         self._say = say
         self._scheduler = scheduler_protocol.SchedulerState(python_version())
-        self._decode: Callable[[Any, list[Any]], Any] = Decoder[Any](ClientMessage | AgentMessage).decode
+        self._decode: Callable[[Any, list[Any]], Any] = Decoder[Any](FromPeerMessage).decode
         self._to_agent: deque[Message] = deque()
         self._to_scheduler: deque[Message] = deque()
         self._peers: dict[int, Peer] = {}

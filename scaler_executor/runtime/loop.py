@@ -68,6 +68,7 @@ class Loop:
         while True:
             before_wait()
             if self._stopped:
+                self._stopped = False
                 break
             deadline = next_deadline()
             began = monotonic()
