@@ -377,7 +377,7 @@ class Item(Scaled):
 
 factor = 3
 table = {number: number * number for number in range(100)}
-local = threading.local()  # does not pickle
+local = (number for number in ())  # does not pickle
 rebound = "at the fork"
 
 def helper(value):
@@ -436,7 +436,7 @@ def check(queued):
 if __name__ == "__main__":
     started, gate = (Fifo(Path(path)) for path in sys.argv[1:])
     with ScalerExecutor(2, multiprocessing.get_context("fork")) as executor:
-        assert executor.submit(use_local).result(60) == "_local"
+        assert executor.submit(use_local).result(60) == "generator"
         rebound = "before the loss"
         for turn in range(3):
             check(kill_forker())
