@@ -5,11 +5,13 @@ subcommand needs is imported only when it runs, so that `--help` and `--version`
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scaler_executor import __version__
+from scaler_executor.defaults import ADDRESS_VARIABLE
 
 _EXAMPLE = """\
 example:
@@ -80,7 +82,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     end = 1
     while end < len(arguments) and arguments[end].startswith("-") and arguments[end] not in ("-", "--", "-m"):
-        end += 1
+        end += 2 if arguments[end] == "--address" else 1
     # `-m` and `--` are followed by the program.
     end += 2 if arguments[end : end + 1] in (["-m"], ["--"]) else 1
     return arguments[:end], arguments[end:]
@@ -103,7 +105,7 @@ def _add_run(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     run = subcommands.add_parser(
         "run",
         help="run a program with its ProcessPoolExecutor swapped",
-        usage="%(prog)s [-h] (PROGRAM | COMMAND | -m MODULE) ...",
+        usage="%(prog)s [-h] [--address FILE] (PROGRAM | COMMAND | -m MODULE) ...",
         description=_RUN_DESCRIPTION,
         epilog=_RUN_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,12 +113,22 @@ def _add_run(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     what = run.add_mutually_exclusive_group(required=True)
     what.add_argument("program", nargs="?", metavar="PROGRAM", help="a path, or a command on PATH")
     what.add_argument("-m", dest="module", metavar="MODULE", help="a module or package, as for `python -m`")
+    run.add_argument("--address", metavar="FILE", help="have its calls run on the cluster of this connection file")
     run.set_defaults(run=_run_run)
 
 
 def _run_run(arguments: argparse.Namespace) -> int:
     from scaler_executor.run import RunError, run_module, run_program
 
+    if arguments.address is not None:
+        from scaler_executor.runtime.security import ConfigurationError, resolve
+
+        try:
+            resolve(arguments.address)
+        except ConfigurationError as error:
+            print(f"scaler-executor run: {error}", file=sys.stderr)
+            return 2
+        os.environ[ADDRESS_VARIABLE] = os.path.abspath(arguments.address)
     try:
         if arguments.module is not None:
             run_module(arguments.module, arguments.behind)
@@ -272,3 +284,7 @@ def _seconds(text: str) -> float:
     if not 0 <= number < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,6 +40,9 @@ def run(command: Callable[[], int], name: str) -> int:
     except ConfigurationError as error:
         print(f"scaler-executor {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more
+        return 1
     except ConnectionError as error:
         print(f"scaler-executor {name}: {error}", file=sys.stderr)
         return 1
@@ -166,7 +169,8 @@ class _Observer:
             self._failure = ConnectionError(f"the scheduler at {self._address} refuses: {self._answer.reason}")
 
     def _on_lost(self, reason: str) -> None:
-        self._failure = ConnectionError(f"the scheduler at {self._address} is lost: {reason}")
+        reason = reason if self._answer is not None else self._reason
+        self._failure = ConnectionError(f"no connection to the scheduler at {self._address}: {reason}")
 
     def _on_failed(self, reason: str, is_refusal: bool) -> None:
         self._reason = reason
