@@ -167,7 +167,8 @@ class Hello(Message, tag=1):
     python: str = ""
     name: str = ""
     session: bytes = b""  # names the session to resume; empty for a new one
-    max_running: int | None = None  # at most so many of this client's calls at once
+    max_running: int | None = None  # at most so many of this client's items at once
+    max_items_per_worker: int | None = None  # instead of what agents were told for the workers of this client
 
 
 class Welcome(Message, tag=2):
@@ -306,6 +307,26 @@ class InheritanceLost(Message, tag=23):
     reason: str
 
 
+class ClientLimit(Message, tag=24):
+    """Scheduler to agent, before the first task of a client with limits, and when they change.
+
+    The agent may have so many workers for this client, counting those that are being stopped in a call; with 0 it
+    hands back what it cannot start. It says ClientLimited as soon as this holds, if `limit_no` is not 0.
+    """
+
+    client_id: int
+    max_workers: int | None = None  # None: no limit
+    max_items_per_worker: int | None = None  # None: as the agent was told
+    limit_no: int = 0
+
+
+class ClientLimited(Message, tag=25):
+    """Agent to scheduler: the ClientLimit of this number, the newest one of its client, is kept from now on."""
+
+    client_id: int
+    limit_no: int
+
+
 class WorkerRun(Message, tag=22):
     """Agent to worker: calls of one function, to be made in this order."""
 
@@ -409,10 +430,11 @@ AgentMessage: TypeAlias = (
     | AgentCapacity
     | WorkersBroken
     | InheritanceLost
+    | ClientLimited
     | Blocked
     | Unblocked
     | Output
 )
-ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | Bye
+ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | ClientLimit | Bye
 ToForkerMessage: TypeAlias = ForkerSetup | ForkWorker | InterruptWorker | FreezeWorker | KillWorker
 ForkerMessage: TypeAlias = WorkerForked | WorkerForkFailed | WorkerFrozen | WorkerExited
