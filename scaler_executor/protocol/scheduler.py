@@ -22,8 +22,11 @@ from scaler_executor.protocol.messages import (
     AgentMessage,
     AgentResult,
     Bye,
+    CallStyle,
     CancelKind,
+    ClientLimited,
     ClientMessage,
+    Function,
     Hello,
     InheritanceLost,
     Refused,
@@ -39,12 +42,26 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_events import Drop, Event, Instruction, PeerLost, Received, Send, Tick
+from scaler_executor.protocol.scheduler_limits import Limits
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
-from scaler_executor.protocol.scheduler_rows import CANCELING, FENCING, QUEUED, RECALLING, Agent, Client, Task
+from scaler_executor.protocol.scheduler_rows import CANCELING, FENCING, QUEUED, RECALLING, Agent, Client, Seat, Task
 from scaler_executor.protocol.scheduler_tasks import CANCELED, EVENTS, FAILED, NOT_FOUND, STATES, TABLE, SchedulerTasks
 
 #: An agent that is cut off stops its calls before this time is over (see `agent.FENCE_S`), so that nothing runs twice.
 FENCE_S: Final = 10.0
+
+ERROR: Final = int(ResultKind.ERROR)
+#: The highest number of an item, and of a client: see `CLIENT_ID_SHIFT`.
+MAX_NO: Final = (1 << CLIENT_ID_SHIFT) - 1
+MAX_CLIENT_ID: Final = (1 << 63 - CLIENT_ID_SHIFT) - 1
+#: A peer counts workers, tasks and the like up to here.
+MAX_COUNT: Final = 1 << 31
+#: A client has no more functions than this at a time; its own side remembers `functions.MAX_FUNCTIONS`.
+MAX_CLIENT_FUNCTIONS: Final = 100_000
+#: Names of peers and functions are cut to so many characters.
+MAX_NAME: Final = 1000
+#: The longest time in seconds that a client may give its calls to unwind: a hundred years.
+MAX_GRACE_S: Final = 3e9
 
 
 class SchedulerState:
@@ -53,11 +70,12 @@ class SchedulerState:
     def __init__(self) -> None:
         self._output = SchedulerOutput()
         self._assignment = Assignment(self._output)
+        self._limits = Limits(self._assignment.agents, self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
         #: {peer: Client or Agent}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent] = {}
-        #: When the tasks in FENCING are decided: [(deadline, [Task])], earliest first.
-        self._fences: deque[tuple[float, list[Task]]] = deque()
+        #: When the tasks in FENCING of an agent are decided, earliest first.
+        self._fences: deque[tuple[float, list[Task], Agent]] = deque()
         self._last_client_id = 0
         #: Answers that matched no task, attempt or request: normal after lost races.
         self.stale = 0
@@ -81,8 +99,12 @@ class SchedulerState:
         else:
             unreachable(event)
         while self._fences and self._fences[0][0] <= now:
-            for task in self._fences.popleft()[1]:
+            _, tasks, agent = self._fences.popleft()
+            for task in tasks:
                 self._tasks.step(task, "FENCE_DUE")
+            self._limits.agent_stopped(agent)
+        if self._limits.is_due:
+            self._limits.divide()
         self._assignment.pump()
         if len(self._assignment.agents) > 1:
             for task in self._assignment.to_recall(self._tasks.by_id):
@@ -101,13 +123,13 @@ class SchedulerState:
 
     def check(self) -> None:
         """Assert the invariants."""
-        held: dict[Agent, int] = dict.fromkeys(self._assignment.agents, 0)
+        held: dict[Seat, int] = {seat: 0 for agent in self._assignment.agents for seat in agent.seats.values()}
         queued = {id(task) for client in self._peers.values() if isinstance(client, Client) for task in client.queue}
-        fenced = {id(task) for _, tasks in self._fences for task in tasks}
+        fenced = {id(task) for _, tasks, _ in self._fences for task in tasks}
         for task_id, task in self._tasks.by_id.items():
             assert task.task_id == task_id
             assert 0 <= task.start < task.items, (task_id, task.start, task.items)
-            assert (task.agent is None) == (task.state in (QUEUED, FENCING)), (task_id, task.state)
+            assert (task.seat is None) == (task.state in (QUEUED, FENCING)), (task_id, task.state)
             assert bool(task.agent_cancel_no) == (task.state in (RECALLING, CANCELING)), (task_id, task.state)
             assert not task.user_cancel_no or task.state in (CANCELING, FENCING), (task_id, task.state)
             assert task.state != QUEUED or id(task) in queued, task_id
@@ -116,10 +138,15 @@ class SchedulerState:
             assert not task.client.gone or task.client in self._tasks.leaving
             assert task.state != QUEUED or not task.recall_refused
             assert task.no not in task.client.runs or task.client.runs[task.no][task_id] is task
-            if task.agent is not None:
-                held[task.agent] += 1
-        for agent, count in held.items():
-            assert agent.held == count, (agent.peer, agent.held, count)
+            if task.seat is not None:
+                assert task.seat.client is task.client, task_id
+                held[task.seat] += 1
+        for seat, count in held.items():
+            assert seat.held == count, (seat.agent.peer, seat.held, count)
+            assert not seat.client.gone or seat.client in self._tasks.leaving
+        for limited in self._limits.clients.values():
+            in_use = [agent.seats[limited].in_use for agent in self._assignment.agents if limited in agent.seats]
+            assert limited.max_running is None or sum(in_use) + limited.out_of_reach <= limited.max_running, in_use
         for client in self._peers.values():
             if isinstance(client, Client):
                 assert client in self._assignment.ready or not any(task.state == QUEUED for task in client.queue)
@@ -154,15 +181,24 @@ class SchedulerState:
             reason = f"version {message.version} of the protocol, this scheduler speaks {PROTOCOL_VERSION}"
             self._output.instructions += [Send(peer_id, Refused(reason)), Drop(peer_id, reason, error=True)]
         elif message.role == "client":
+            limits = message.max_running, message.max_items_per_worker
+            if not all(limit is None or 0 < limit <= MAX_COUNT for limit in limits):
+                raise RemoteProtocolError(f"max_running {limits[0]}, max_items_per_worker {limits[1]}")
+            if self._last_client_id == MAX_CLIENT_ID:
+                raise RemoteProtocolError("one client too many: this scheduler has no more numbers")
             self._last_client_id += 1
-            self._peers[peer_id] = Client(peer_id, self._last_client_id)
+            self._peers[peer_id] = client = Client(peer_id, self._last_client_id, *limits)
             self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id)))
+            if limits != (None, None):
+                self._limits.clients[self._last_client_id] = client
+                self._limits.is_due = True
         elif message.role == "agent":
-            agent = self._peers[peer_id] = Agent(peer_id, message.name)
+            self._peers[peer_id] = agent = Agent(peer_id, message.name[:MAX_NAME])
             self._assignment.agents.append(agent)
+            self._limits.is_due = True
             self._output.instructions.append(Send(peer_id, Welcome(0)))
         else:
-            raise RemoteProtocolError(f"role {message.role!r}")
+            raise RemoteProtocolError(f"role {message.role[:MAX_NAME]!r}")
 
     def _peer_lost(self, peer_id: int, reason: str, stopped: bool) -> None:
         peer = self._peers.pop(peer_id, None)
@@ -171,11 +207,14 @@ class SchedulerState:
         elif isinstance(peer, Agent):
             self._assignment.agents.remove(peer)
             self._output.touched.pop(peer, None)
+            self._limits.is_due = True
+            if not stopped:
+                self._limits.agent_lost(peer)
             fenced: list[Task] = []
             for task in [task for task in self._tasks.by_id.values() if task.agent is peer]:
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
             if fenced:
-                self._fences.append((self._output.now + FENCE_S, fenced))
+                self._fences.append((self._output.now + FENCE_S, fenced, peer))
             self._check_broken()
 
     def _client_lost(self, client: Client) -> None:
@@ -186,6 +225,7 @@ class SchedulerState:
         for task in tasks:
             self._tasks.step(task, "CLIENT_LOST")
         client.queue.clear()
+        self._limits.clients.pop(client.client_id, None)
         self._output.touched.pop(client, None)
         keys = [(client.client_id, function_id) for function_id in client.functions]
         for agent in self._assignment.agents:
@@ -195,6 +235,7 @@ class SchedulerState:
             self._output.touched[agent] = None
         if not client.tasks_left:
             self._tasks.leaving.pop(client, None)
+            self._assignment.forget_client(client)
 
     # From clients
 
@@ -215,7 +256,10 @@ class SchedulerState:
     def _submit(self, client: Client, message: TaskSubmit) -> None:
         functions = client.functions
         for function in message.functions:
+            _check_function(function)
             functions[function.function_id] = ReceivedFunction(function, functions.get)
+        if len(functions) > MAX_CLIENT_FUNCTIONS:
+            raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
@@ -243,8 +287,8 @@ class SchedulerState:
                 self._output.touched[agent] = None
 
     def _cancel(self, client: Client, no: int, cancel_no: int, kind: int) -> None:
-        if kind not in (CancelKind.SOFT, CancelKind.FORCED) or cancel_no < 1:
-            raise RemoteProtocolError(f"cancel {cancel_no} of kind {kind}")
+        if kind not in (CancelKind.SOFT, CancelKind.FORCED) or not 0 < cancel_no <= MAX_NO or not 0 < no <= MAX_NO:
+            raise RemoteProtocolError(f"cancel {cancel_no} of kind {kind}, task {no}")
         run = client.runs.get(no)
         task = self._tasks.by_id.get(client.base + no)
         # Only a submitted task can be named, not the pieces that a run has become here.
@@ -261,8 +305,10 @@ class SchedulerState:
         tasks, by_id, table = self._tasks, self._tasks.by_id, TABLE
         for task_id, attempt, first, count, kind, payload in message.results:
             task = by_id.get(task_id)
-            if task is None or task.agent is not agent or task.attempt != attempt:
+            if task is None or (seat := task.seat) is None or seat.agent is not agent or task.attempt != attempt:
                 self.stale += 1
+            elif kind and kind != ERROR:  # VALUE is 0
+                raise RemoteProtocolError(f"result of kind {kind}, task {task_id}")
             else:
                 table[task.state]["RESULT"](tasks, task, first, count, kind, payload)
 
@@ -291,15 +337,22 @@ class SchedulerState:
                     task.client.running.append(task.no)
                     touched[task.client] = None
         elif isinstance(message, AgentCapacity):
+            if not (0 <= message.tasks <= MAX_COUNT and 0 <= message.workers <= MAX_COUNT):
+                raise RemoteProtocolError(f"capacity {message.tasks}, {message.workers} workers")
+            if (message.workers, message.tasks == 0) != (agent.workers, agent.capacity == 0):
+                self._limits.is_due = True
             agent.capacity, agent.workers = message.tasks, message.workers
+        elif isinstance(message, ClientLimited):
+            self._limits.limited(agent, message.client_id, message.limit_no)
         elif isinstance(message, InheritanceLost):
             self._output.instructions += [
                 Send(peer.peer, message) for peer in self._peers.values() if isinstance(peer, Client)
             ]
         elif isinstance(message, WorkersBroken):
-            agent.broken_for.add(message.client_id)
             for client in list(self._peers.values()):
                 if isinstance(client, Client) and client.client_id == message.client_id:
+                    agent.broken_for.add(message.client_id)
+                    self._limits.is_due = True
                     self._break(client, message.reason)
         elif isinstance(message, Bye):
             # It says so when it holds nothing: what it still seems to have crossed its Bye and never reached it.
@@ -348,6 +401,22 @@ class SchedulerState:
             for client in list(self._peers.values()):
                 if isinstance(client, Client):
                     self._break(client, "no agent is left that can start a worker")
+
+
+def _check_function(function: Function) -> None:
+    """Look at what a client says of a function before an agent relies on it."""
+    options = function.options
+    grace_s = options.cancel_grace_s
+    if not (
+        0 < function.function_id <= MAX_NO
+        and 0 <= function.style <= max(CallStyle)
+        and options.retries >= 0
+        and (grace_s is None or 0 <= grace_s <= MAX_GRACE_S)  # which is false for what is not a number
+        and len(function.needs) <= MAX_CLIENT_FUNCTIONS
+    ):
+        raise RemoteProtocolError(f"function {function.function_id} of style {function.style} with {options}")
+    if len(function.name) > MAX_NAME:
+        function.name = function.name[:MAX_NAME]
 
 
 __all__ = [

@@ -93,7 +93,7 @@ class Run(Cluster):
         for _ in range(self.agents_wanted):
             self.add_agent(**self.settings)
         for _ in range(rng.choice([1, 1, 2, 3])):
-            self.add_client()
+            self.add_client(rng.choice([None, None, None, 1, 2, 3]), rng.choice([None, None, None, None, 1, 3]))
         self.durations = rng.choice(
             [
                 [1e-6],
