@@ -30,6 +30,8 @@ from scaler_executor.protocol.messages import CancelKind, DeathReport, TaskCance
 
 #: In the place of a cancel_no: the call is stopped for want of a scheduler.
 FENCED: Final = -1
+#: No call has longer than this to unwind, for nobody can wait for longer in one piece: eleven days.
+MAX_GRACE_S: Final = 1e6
 #: A call whose client is gone has no longer than this to unwind, whatever its client had allowed.
 GONE_GRACE_S: Final = 1.0
 
@@ -269,6 +271,7 @@ class AgentCalls:
             grace_s = self._cancel_grace_s
         if call.client.client_id in self._hiring.gone_clients:
             grace_s = min(grace_s, GONE_GRACE_S)
+        grace_s = min(grace_s, MAX_GRACE_S)
         self._hiring.leave(worker)
         if grace_s <= 0:
             self.want_freeze(call, "FREEZING")

@@ -60,8 +60,6 @@ MAX_COUNT: Final = 1 << 31
 MAX_CLIENT_FUNCTIONS: Final = 100_000
 #: Names of peers and functions are cut to so many characters.
 MAX_NAME: Final = 1000
-#: The longest time in seconds that a client may give its calls to unwind: a hundred years.
-MAX_GRACE_S: Final = 3e9
 
 
 class SchedulerState:
@@ -411,8 +409,9 @@ def _check_function(function: Function) -> None:
         0 < function.function_id <= MAX_NO
         and 0 <= function.style <= max(CallStyle)
         and options.retries >= 0
-        and (grace_s is None or 0 <= grace_s <= MAX_GRACE_S)  # which is false for what is not a number
+        and (grace_s is None or grace_s >= 0)  # which is false for what is not a number
         and len(function.needs) <= MAX_CLIENT_FUNCTIONS
+        and 0 not in function.needs
     ):
         raise RemoteProtocolError(f"function {function.function_id} of style {function.style} with {options}")
     if len(function.name) > MAX_NAME:
