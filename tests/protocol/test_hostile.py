@@ -9,6 +9,8 @@ from scaler_executor.protocol.agent import (
     Exited,
     Fork,
     Forked,
+    Freeze,
+    Frozen,
     Interrupt,
     Kill,
     Records,
@@ -121,7 +123,11 @@ class Hostile:
                     done.append((RECORD_BATCH_END, 1000 * items, items, b""))
                 self.events.append(Records(i.worker_id, done))
             elif isinstance(i, (Retire, Kill)):
-                self.events.append(Exited(i.worker_id, 0, 0, 0, DeathReport("gone")))
+                self.events.append(Exited(i.worker_id, 1 << 40, 1 << 40, 0, DeathReport("gone")))
+            elif isinstance(i, Freeze):
+                self.events.append(Frozen(i.worker_id, i.kill_seq, 0, 0, killed=bool(i.kill_seq)))
+                if i.kill_seq:
+                    self.events.append(Exited(i.worker_id, i.kill_seq, 0, 0, DeathReport("killed")))
             elif isinstance(i, Interrupt):
                 self.events.append(Records(i.worker_id, [(RECORD_UNWOUND, i.seq, 0, b"")]))
                 self.events.append(Exited(i.worker_id, i.seq, i.seq, 0, DeathReport("unwound")))
@@ -224,6 +230,18 @@ class Hostile:
             else:
                 inner = self.scheduler._peers.get(peer)
                 self.say(peer, self.client_message(getattr(inner, "last_no", 0)))
+        # When they have all gone, and what they held must have stopped, the honest ones go on.
+        for peer in list(self.hostile):
+            del self.hostile[peer]
+            self.perform(self.scheduler.handle(PeerLost(peer, "gone"), self.now))
+        for _ in range(30):
+            self.now += 1.0
+            self.perform(self.scheduler.handle(Tick(), self.now))
+            self.events.append(AgentTick())
+            self.say(AGENT, TaskRunning([]))
+        self.say(CLIENT, TaskSubmit([(submitted + 1, 1, 0, b"p")]))
+        self.say(AGENT, TaskRunning([]))
+        assert submitted + 1 in self.answered
 
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
