@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from scaler_executor.protocol.agent_calls import EVENTS, STATES, TABLE, AgentCalls
-from scaler_executor.protocol.agent_crew import AgentFunction, Call, Crew
+from scaler_executor.protocol.agent_crew import UNLIMITED, AgentFunction, Call, Client, Crew
 from scaler_executor.protocol.agent_dispatch import Dispatch
 from scaler_executor.protocol.agent_events import (
     Disinherited,
@@ -51,6 +51,8 @@ from scaler_executor.protocol.messages import (
     Bye,
     CancelKind,
     ClientGone,
+    ClientLimit,
+    ClientLimited,
     Function,
     InheritanceReplaced,
     Refused,
@@ -91,6 +93,8 @@ class AgentState:
         self._functions: dict[tuple[int, int], AgentFunction] = {}
         #: When calls are stopped for want of a scheduler, or None.
         self._fence_at: float | None = None
+        #: Some limit has not been answered, see `ClientLimit`.
+        self._limits_open = False
         self._drained = False
 
     # The four methods that every state class has
@@ -136,15 +140,18 @@ class AgentState:
         self._dispatch.freeze()
         if self._hiring.gone_clients:
             self._settle_gone()
+        if self._limits_open:
+            self._say_limited()
         return self._end()
 
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
         stopping, hire_at, look_at = self._calls.stopping, self._hiring.hire_at, self._dispatch.look_at
-        if not stopping and hire_at is None and self._fence_at is None:
+        share_at = self._dispatch.sharing.due_at
+        if not stopping and hire_at is None and self._fence_at is None and share_at is None:
             return look_at  # the common case
         deadlines = [call.grace_due for call in stopping.values()]
-        deadlines += [at for at in (hire_at, look_at, self._fence_at) if at is not None]
+        deadlines += [at for at in (hire_at, look_at, share_at, self._fence_at) if at is not None]
         return min(deadlines, default=None)
 
     def story(self, task_id: int) -> list[Transition]:
@@ -155,9 +162,15 @@ class AgentState:
         """Assert the invariants."""
         crew, calls = self._crew, self._calls
         queued = [call for call in calls.by_id.values() if call.state == "QUEUED"]
-        assert crew.queued == len(queued), (crew.queued, len(queued))
-        assert crew.queued_items == sum(call.open_items for call in queued)
-        waiting = {id(call) for call in crew.queue}
+        for client in crew.clients.values():
+            own = [call for call in queued if call.client is client]
+            assert client.queued == len(own), (client.queued, len(own))
+            assert client.queued_items == sum(call.open_items for call in own)
+            assert client.staff == sum(worker.client is client and worker.counts for worker in crew.workers.values())
+            assert not client.owes or len(crew.clients) > 1
+            assert not (client.queued and client.owes and self._idle_of(client)), client.client_id
+        assert {call.client for call in calls.by_id.values()} <= set(crew.clients.values())
+        waiting = {id(call) for client in crew.clients.values() for call in client.queue}
         for task_id, call in calls.by_id.items():
             assert call.task_id == task_id
             assert 0 <= call.start < call.items, (task_id, call.start, call.items)
@@ -176,13 +189,17 @@ class AgentState:
             seqs = [call.seq for call in worker.held]
             assert seqs == sorted(set(seqs)), seqs
             assert all(calls.by_id.get(call.task_id) is call and call.worker is worker for call in worker.held)
-            assert all(call.client_id == worker.client_id for call in worker.held)
+            assert all(call.client is worker.client for call in worker.held)
+            assert worker.counts == (worker.state != "LEAVING")
             assert (worker.worker_id in crew.idle) == (
                 worker.state == "READY" and not worker.held and not worker.portions
             ), (worker.worker_id, worker.state)
             assert not worker.held or worker.state in ("READY", "LEAVING")
-        assert crew.staff() <= crew.max_workers
+        assert sum(worker.counts for worker in crew.workers.values()) == crew.staff <= crew.max_workers
         assert self._output.is_empty()
+
+    def _idle_of(self, client: Client) -> list[int]:
+        return [worker.worker_id for worker in self._crew.idle.values() if worker.client is client]
 
     @property
     def outstanding(self) -> int:
@@ -210,6 +227,8 @@ class AgentState:
             self._client_gone(message.client_id)
         elif isinstance(message, InheritanceReplaced):
             self._inheritance.replaced(message.client_id, message.definitions)
+        elif isinstance(message, ClientLimit):
+            self._limit(message)
         elif isinstance(message, Welcome):
             pass
         elif isinstance(message, (Refused, Bye)):
@@ -225,11 +244,15 @@ class AgentState:
                 function,
                 lambda needed, client_id=client_id: functions.get((client_id, needed)),  # type: ignore[misc]
             )
-        append = crew.queue.append
+        client: Client | None = None
         for task_id, attempt, client_id, items, skip, function_id, payload in message.tasks:
             if task_id in calls or items < 1 or skip < 0:
                 raise RemoteProtocolError(f"task {task_id} of {items} items, skip {skip}")
-            if (broken and client_id in broken) or draining:
+            if client is None or client.client_id != client_id:
+                client = crew.client(client_id)
+                append = client.queue.append
+                refused = draining or client_id in broken or client.max_workers == 0
+            if refused:
                 self._output.returned.append((task_id, attempt))  # it crossed the news
                 continue
             used = functions.get((client_id, function_id))
@@ -237,10 +260,10 @@ class AgentState:
                 if function_id:
                     raise RemoteProtocolError(f"task {task_id} names function {function_id}, which is not known")
                 used = functions[client_id, 0] = AgentFunction(Function(0, "", b"", 0), lambda _: None)
-            call = calls[task_id] = Call(task_id, attempt, client_id, items, skip, used, payload)
+            call = calls[task_id] = Call(task_id, attempt, client, items, skip, used, payload)
             append(call)
-            crew.queued += 1
-            crew.queued_items += items
+            client.queued += 1
+            client.queued_items += items
         for key in message.forget:
             functions.pop(key, None)
 
@@ -251,13 +274,41 @@ class AgentState:
             del self._functions[key]
         self._hiring.client_gone(client_id)
         self._inheritance.client_gone(client_id)
+        if client_id in self._crew.clients:
+            self._crew.clients[client_id].limit_no = 0  # nobody waits for the answer
+
+    def _limit(self, message: ClientLimit) -> None:
+        """Note what a client may have here, which may take time to become true."""
+        workers, items = message.max_workers, message.max_items_per_worker
+        if (workers is not None and workers < 0) or (items is not None and items < 1):
+            raise RemoteProtocolError(f"limits {message.max_workers}, {message.max_items_per_worker}")
+        client = self._crew.client(message.client_id)
+        client.max_workers = UNLIMITED if message.max_workers is None else message.max_workers
+        client.max_items_per_worker = message.max_items_per_worker or self._crew.max_items_per_worker
+        client.limit_no = message.limit_no
+        self._limits_open = True
+        if not client.max_workers:
+            self._calls.hand_back(client.client_id)
+        self._hiring.retire_surplus(client)
+
+    def _say_limited(self) -> None:
+        """Answer the limits that are kept by now."""
+        crew = self._crew
+        self._limits_open = False
+        for client in crew.clients.values():
+            if client.limit_no and crew.in_use(client) <= client.max_workers:
+                self._output.instructions.append(Send(ClientLimited(client.client_id, client.limit_no)))
+                client.limit_no = 0
+            self._limits_open |= client.limit_no > 0
 
     def _settle_gone(self) -> None:
         """Forget the clients that are gone and of which nothing is left here: neither a worker nor a call."""
         hiring = self._hiring
         left = {worker.client_id for worker in self._crew.workers.values()}
         if not hiring.gone_clients <= left:
-            left.update(call.client_id for call in self._calls.by_id.values())
+            left.update(call.client.client_id for call in self._calls.by_id.values())
+            for client_id in hiring.gone_clients - left:
+                self._crew.forget_client(client_id)
             hiring.gone_clients &= left
 
     def _drain(self) -> None:
@@ -275,6 +326,7 @@ class AgentState:
         self._functions.clear()
         self._inheritance.forget_all()
         self._hiring.kill_all()
+        self._crew.clients.clear()
 
     # From the forker
 

@@ -30,6 +30,8 @@ from scaler_executor.protocol.messages import CancelKind, DeathReport, TaskCance
 
 #: In the place of a cancel_no: the call is stopped for want of a scheduler.
 FENCED: Final = -1
+#: No call has longer than this to unwind, for nobody can wait for longer in one piece: eleven days.
+MAX_GRACE_S: Final = 1e6
 #: A call whose client is gone has no longer than this to unwind, whatever its client had allowed.
 GONE_GRACE_S: Final = 1.0
 
@@ -81,8 +83,10 @@ class AgentCalls:
 
     def hand_back(self, client_id: int | None) -> None:
         """Give what is queued (of one client) back to the scheduler."""
-        for call in [call for call in self._crew.queue if call.state == "QUEUED"]:
-            if client_id is None or call.client_id == client_id:
+        for client in self._crew.clients.values():
+            if client_id not in (None, client.client_id):
+                continue
+            for call in [call for call in client.queue if call.state == "QUEUED"]:
                 self._unqueue(call)
                 if call.start:
                     call = self.split_tail(call, call.start)
@@ -107,7 +111,7 @@ class AgentCalls:
     def client_gone(self, client_id: int) -> None:
         """Nobody waits any more for the calls of this client that are being stopped."""
         for call in self.stopping.values():
-            if call.client_id == client_id:
+            if call.client.client_id == client_id:
                 call.grace_due = min(call.grace_due, self._output.now + GONE_GRACE_S)
 
     def stop_all(self) -> None:
@@ -265,8 +269,9 @@ class AgentCalls:
         grace_s = call.function.function.options.cancel_grace_s
         if grace_s is None:
             grace_s = self._cancel_grace_s
-        if call.client_id in self._hiring.gone_clients:
+        if call.client.client_id in self._hiring.gone_clients:
             grace_s = min(grace_s, GONE_GRACE_S)
+        grace_s = min(grace_s, MAX_GRACE_S)
         self._hiring.leave(worker)
         if grace_s <= 0:
             self.want_freeze(call, "FREEZING")
@@ -320,8 +325,11 @@ class AgentCalls:
         call.worker, call.seq = None, 0
 
     def _unqueue(self, call: Call) -> None:
-        self._crew.queued -= 1
-        self._crew.queued_items -= call.open_items
+        client = call.client
+        client.queued -= 1
+        client.queued_items -= call.open_items
+        if not client.queued:
+            client.queue.clear()  # what is left has been unqueued before
         call.state = "GONE"  # until the caller says what it is instead
 
     def _requeue(self, call: Call) -> None:
@@ -330,13 +338,14 @@ class AgentCalls:
         if call.start:
             call = self.split_tail(call, call.start)
         call.state, call.cancel_no, call.kind = "QUEUED", 0, CancelKind.RECALL
-        if self.fenced or not self._hiring.serves(call.client_id):
+        if self.fenced or not self._hiring.serves(call.client):
             self._forget(call)
             self._output.returned.append((call.task_id, call.attempt))
             return
-        self._crew.queue.appendleft(call)
-        self._crew.queued += 1
-        self._crew.queued_items += call.open_items
+        client = call.client
+        client.queue.appendleft(call)
+        client.queued += 1
+        client.queued_items += call.open_items
 
     def split_tail(self, call: Call, at: int) -> Call:
         """Make the items of `call` from `at` on a call of their own, in nobody's hands. A head without items left is
@@ -344,7 +353,7 @@ class AgentCalls:
         tail = Call(
             call.task_id + at,
             call.attempt,
-            call.client_id,
+            call.client,
             call.items - at,
             call.skip + at,
             call.function,

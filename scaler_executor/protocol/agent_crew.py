@@ -1,7 +1,8 @@
-"""What an agent keeps of its calls and workers, and how it shares the calls out.
+"""What an agent keeps of its clients, calls and workers, and how it shares the calls out.
 
 It holds the rows, and the measures by which calls are shared out: who should have a call, and how many at once. It
-decides nothing of what becomes of a call (`agent_calls`) or a worker (`agent_hiring`). Times are seconds.
+decides nothing of what becomes of a call (`agent_calls`) or a worker (`agent_hiring`), nor which client a worker is
+for (`agent_sharing`). Times are seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PORTION_CALLS: Final = 400
 WINDOW: Final = RING_SLOTS - 100
 #: Share of a new measurement in the expected duration of a function's items.
 SMOOTHING: Final = 0.6
+#: The number of workers that a client without a limit of its own may have.
+UNLIMITED: Final = 1 << 40
 
 
 class AgentFunction(ReceivedFunction):
@@ -42,6 +45,44 @@ class AgentFunction(ReceivedFunction):
         """Take in the mean duration of an item in one portion."""
         known = self.seconds
         self.seconds = seconds if known is None else known + SMOOTHING * (seconds - known)
+
+
+class Client:
+    """A client as the agent sees it: the calls that it has waiting here, and its part of the workers."""
+
+    def __init__(self, client_id: int, max_items_per_worker: int | None) -> None:
+        self.client_id = client_id
+        #: Calls in QUEUED, next first, among entries that are not (any more).
+        self.queue: deque[Call] = deque()
+        #: Number of calls in QUEUED, and of their outstanding items.
+        self.queued = 0
+        self.queued_items = 0
+        #: Number of its workers that can be counted on: not those that are leaving.
+        self.staff = 0
+        #: It may have so many, and then those count that are being stopped in a call; 0: its calls are not run here.
+        self.max_workers = UNLIMITED
+        #: A worker is replaced after so many items; None: never.
+        self.max_items_per_worker = max_items_per_worker
+        #: The number of the limit that the scheduler waits to hear of, see `messages.ClientLimit`; 0: none.
+        self.limit_no = 0
+        #: So many of its workers are for other clients as soon as they have nothing in their hands.
+        self.owes = 0
+        #: Counts up with each worker that is ordered for a client or that one lets go for others: among equals, whose
+        #: turn was first is next.
+        self.turn = 0
+        #: It keeps until then what others have not less of than one worker; infinite while a worker is on its way.
+        self.slice_end = 0.0
+        #: How long it took until the worker that came last was ready.
+        self.start_s = 0.0
+
+    def next_queued(self) -> Call | None:
+        """Return the call whose turn it is, without taking it."""
+        queue = self.queue
+        while queue:
+            if queue[0].state == "QUEUED":
+                return queue[0]
+            queue.popleft()
+        return None
 
 
 class Call:
@@ -64,11 +105,11 @@ class Call:
     grace_due: float = 0.0
 
     def __init__(
-        self, task_id: int, attempt: int, client_id: int, items: int, skip: int, function: AgentFunction, payload: Any
+        self, task_id: int, attempt: int, client: Client, items: int, skip: int, function: AgentFunction, payload: Any
     ) -> None:
         self.task_id = task_id
         self.attempt = attempt
-        self.client_id = client_id
+        self.client = client
         self.items = items
         self.skip = skip
         self.function = function
@@ -87,11 +128,17 @@ class Call:
 class Worker:
     """A worker process, from the order to fork it until it is reaped."""
 
-    def __init__(self, worker_id: int, client_id: int) -> None:
+    def __init__(self, worker_id: int, client: Client, ordered_at: float) -> None:
         self.worker_id = worker_id
         #: The only client that it serves in its life.
-        self.client_id = client_id
+        self.client = client
+        self.client_id = client.client_id
         self.state: WorkerState = "FORKING"
+        self.ordered_at = ordered_at
+        #: It counts as one of `staff`: it is neither leaving nor reaped.
+        self.counts = True
+        #: Since when it has had nothing in its hands, if it is idle.
+        self.idle_since = 0.0
         self.pid = 0
         #: Calls in its hands in the order of their numbers; the first one is in progress or next.
         self.held: deque[Call] = deque()
@@ -129,46 +176,63 @@ class Crew:
         self.workers: dict[int, Worker] = {}
         #: READY workers with nothing in their hands, the one that has been so for the shortest time last.
         self.idle: dict[int, Worker] = {}
-        #: Calls in QUEUED, next first, among entries that are not (any more).
-        self.queue: deque[Call] = deque()
-        #: Number of calls in QUEUED, and of their outstanding items.
-        self.queued = 0
-        self.queued_items = 0
+        #: {client_id: Client}, all that have or may have something here.
+        self.clients: dict[int, Client] = {}
+        #: Number of workers that can be counted on: not those that are leaving.
+        self.staff = 0
         #: Expected duration of a task as the scheduler hands them out; None: never measured.
         self.task_seconds: float | None = None
 
-    def next_queued(self) -> Call | None:
-        """Return the call whose turn it is, without taking it."""
-        queue = self.queue
-        while queue:
-            if queue[0].state == "QUEUED":
-                return queue[0]
-            queue.popleft()
-        return None
+    def client(self, client_id: int) -> Client:
+        """Return the client of this number, who may be new."""
+        client = self.clients.get(client_id)
+        if client is None:
+            client = self.clients[client_id] = Client(client_id, self.max_items_per_worker)
+        return client
 
-    def staff(self) -> int:
-        """Number of workers that can be counted on: not those that are leaving."""
-        return sum(1 for worker in self.workers.values() if worker.state != "LEAVING")
+    def forget_client(self, client_id: int) -> None:
+        """Nothing is left here of this client, so nobody owes it anything."""
+        self.clients.pop(client_id, None)
+        for client in self.clients.values():
+            client.owes = 0
+
+    @property
+    def queued(self) -> int:
+        """Number of calls in QUEUED."""
+        return sum(client.queued for client in self.clients.values())
 
     def room(self, worker: Worker) -> int:
         """Return how many items `worker` may still be given in its life."""
-        return 1 << 40 if self.max_items_per_worker is None else self.max_items_per_worker - worker.items_given
+        most = worker.client.max_items_per_worker
+        return 1 << 40 if most is None else most - worker.items_given
+
+    def is_full(self, client: Client) -> bool:
+        """Tell whether `client` may have no more workers, however many are free."""
+        if client.max_workers == UNLIMITED:
+            return False
+        return self.in_use(client) >= client.max_workers
+
+    def in_use(self, client: Client) -> int:
+        """Return how many workers of `client` may be running something, or soon."""
+        stopping = sum(w.client is client and not w.counts and bool(w.held) for w in self.workers.values())
+        return client.staff + stopping
 
     def choose(self, call: Call) -> Worker | None:
         """Return the worker that should have `call`: an idle one, or one that will soon be if the call is known to be
         short."""
+        client = call.client
         for worker in reversed(self.idle.values()):
-            if worker.client_id == call.client_id:
+            if worker.client is client:
                 return worker
         seconds = call.function.seconds
-        if seconds is None or seconds > PORTION_S:
+        if seconds is None or seconds > PORTION_S or client.owes or client.staff > client.max_workers:
             return None
         best: Worker | None = None
         for worker in self.workers.values():
             if (
                 worker.state == "READY"
                 and not worker.retired
-                and worker.client_id == call.client_id
+                and worker.client is client
                 and worker.load_s <= PORTION_S
                 and worker.freeze is None
                 and worker.last_seq - worker.heard_seq < WINDOW - PORTION_CALLS
@@ -186,7 +250,8 @@ class Crew:
         seconds = function.seconds
         if seconds is None:
             return 1
-        fair = -(-self.queued_items // max(1, self.staff()))
+        client = worker.client
+        fair = -(-client.queued_items // max(1, client.staff))
         return max(1, min(int(PORTION_S / max(seconds, 1e-7)), fair, self.room(worker)))
 
     def measured_task(self, seconds: float) -> None:

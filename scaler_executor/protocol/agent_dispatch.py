@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from scaler_executor.protocol.agent_calls import AgentCalls
-from scaler_executor.protocol.agent_crew import PORTION_CALLS, Call, Crew, Worker, row_of
+from scaler_executor.protocol.agent_crew import PORTION_CALLS, Client, Crew, Worker, row_of
 from scaler_executor.protocol.agent_events import Freeze, Look, Start
 from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
+from scaler_executor.protocol.agent_sharing import Sharing
 from scaler_executor.protocol.messages import WorkerRun
 
 #: Workers that are silent are looked at this often.
@@ -33,26 +34,38 @@ class Dispatch:
         self._inheritance = inheritance
         self._calls = calls
         self._output = output
+        self.sharing = Sharing(crew, hiring, output)
         #: When to look at the busy workers next, or None.
         self.look_at: float | None = None
 
     def give_out(self) -> None:
         """Give queued calls to workers, and order workers for those that are left."""
-        crew = self._crew
-        starved: Call | None = None
-        while (call := crew.next_queued()) is not None:
-            worker = crew.choose(call)
+        clients, sharing = self._crew.clients, self.sharing
+        sharing.due_at = None
+        if len(clients) < 2:
+            for client in clients.values():
+                if client.queued and self._give_all(client) and self._hiring.may_order(client):
+                    self._hiring.hire(client)
+            return
+        waiting = [client for client in clients.values() if client.queued]
+        # Who has the fewest workers first, and so what is free goes to whom it is owed.
+        starved = [client for client in sorted(waiting, key=sharing.rank) if self._give_all(client)]
+        sharing.share([client for client in starved if self._inheritance.may_start(client.client_id)])
+
+    def _give_all(self, client: Client) -> bool:
+        """Give a client's calls to its workers. Return whether some are left."""
+        choose = self._crew.choose
+        while (call := client.next_queued()) is not None:
+            worker = choose(call)
             if worker is None:
-                starved = call
-                break
+                return True
             self._give(worker)
-        if starved is not None and self._hiring.may_order(starved.client_id):
-            self._hiring.hire(starved.client_id)
+        return False
 
     def _give(self, worker: Worker) -> None:
-        """Give `worker` the next portion from the front of the queue: calls of one function and client."""
-        crew = self._crew
-        queue = crew.queue
+        """Give `worker` the next portion from the front of its client's queue: calls of one function."""
+        crew, client = self._crew, worker.client
+        queue, next_queued = client.queue, client.next_queued
         is_first = not worker.last_seq
         first = queue[0]
         function = first.function
@@ -60,18 +73,18 @@ class Dispatch:
         rows: list[Any] = []
         items_given = 0
         while left > 0 and len(rows) < PORTION_CALLS:
-            call = crew.next_queued()
+            call = next_queued()
             if call is None or call.function is not function:
                 break
             queue.popleft()
-            crew.queued -= 1
-            crew.queued_items -= call.items
+            client.queued -= 1
+            client.queued_items -= call.items
             if call.items > left:
                 call.state = "HELD"
                 tail = self._calls.split_tail(call, left)
                 queue.appendleft(tail)
-                crew.queued += 1
-                crew.queued_items += tail.items
+                client.queued += 1
+                client.queued_items += tail.items
             worker.last_seq += 1
             call.seq = worker.last_seq
             call.state, call.worker = "HELD", worker
@@ -88,7 +101,7 @@ class Dispatch:
             ]
             known.need(function_id)  # it outlasts its parts, which the worker has for good with it
             message.forget = known.trim()
-        if is_first and (definitions := self._inheritance.definitions(worker.client_id)):
+        if is_first and (definitions := self._inheritance.definitions(client.client_id)):
             message.functions = [*definitions, *message.functions]
         expected_s = (function.seconds or 0.0) * items_given
         if not worker.portions:
@@ -104,7 +117,7 @@ class Dispatch:
     def look(self) -> None:
         """Look at the busy workers, and take back what waits behind a running call while others are idle."""
         now = self._output.now
-        spare = len(self._crew.idle) + self._crew.max_workers - self._crew.staff() - self._crew.queued
+        spare: dict[Client, int] = {}
         again = False
         for worker in self._crew.workers.values():
             if not worker.held or worker.state in ("FORKING", "STARTING"):
@@ -114,16 +127,25 @@ class Dispatch:
             if head.state == "HELD" or behind:
                 again = True
                 self._output.late.append(Look(worker.worker_id))
-            if (
-                behind
-                and spare > 0
-                and worker.freeze is None
-                and not worker.stuck
-                and now - worker.portion_since >= RECALL_S
-            ):
-                spare -= self._recall(worker)
+            if behind and worker.freeze is None and not worker.stuck and now - worker.portion_since >= RECALL_S:
+                client = worker.client
+                if client not in spare:
+                    spare[client] = self._spare(client)
+                if spare[client] > 0:
+                    spare[client] -= self._recall(worker)
         if again:
             self.look_at = now + LOOK_S
+
+    def _spare(self, client: Client) -> int:
+        """Return how many calls more than wait already could be started for `client`, or have to be waited for by
+        others."""
+        crew = self._crew
+        idle = sum(worker.client is client for worker in crew.idle.values())
+        room = min(crew.max_workers - crew.staff, client.max_workers - client.staff)
+        spare = idle + room - client.queued
+        if spare <= 0 and not client.queued and self.sharing.to_take(client) is not None:
+            spare = 1
+        return max(spare, client.owes, client.staff - client.max_workers)
 
     def _recall(self, worker: Worker) -> int:
         """Ask for what `worker` has not started. Return the number of calls."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from scaler_executor.protocol.agent_crew import Crew, Worker
+from scaler_executor.protocol.agent_crew import Client, Crew, Worker
 from scaler_executor.protocol.agent_events import Fork, Kill, Retire
 from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
@@ -20,6 +20,11 @@ MAX_START_FAILURES: Final = 3
 #: no worker at all.
 FORK_RETRY_S: Final = 0.1
 MAX_FORK_FAILURES: Final = 30
+#: A client keeps a worker that it was given so long before it is replaced for one that has no more than one less: or
+#: there would be more forking than work. It is longer by a multiple of the time that its workers take to start.
+SLICE_S: Final = 0.2
+START_FACTOR: Final = 4
+INFINITY: Final = float("inf")
 
 
 class Hiring:
@@ -30,6 +35,7 @@ class Hiring:
         self._inheritance = inheritance
         self._output = output
         self._last_worker_id = 0
+        self._last_turn = 0
         #: {client_id: n}: so many workers in a row died before they were ready.
         self._start_failures: dict[int, int] = {}
         #: {client_id: n}: so many forks in a row failed while it had no worker.
@@ -47,36 +53,41 @@ class Hiring:
         #: Nobody is hired any more, and who has nothing to do may go.
         self.draining = False
 
-    def serves(self, client_id: int) -> bool:
+    def serves(self, client: Client) -> bool:
         """Tell whether calls of this client can still be started here."""
-        return not (self.draining or client_id in self.broken or client_id in self.gone_clients)
+        client_id = client.client_id
+        refused = self.draining or client_id in self.broken or client_id in self.gone_clients
+        return not refused and client.max_workers > 0
 
     # Coming
 
-    def may_order(self, client_id: int) -> bool:
+    def may_order(self, client: Client) -> bool:
         """Tell whether a worker for this client is to be ordered now, if there is work. May ask the client for what it
         would lack; looked at again with every event."""
-        return self.hire_at is None and self.serves(client_id) and self._inheritance.may_start(client_id)
+        return self.hire_at is None and self.serves(client) and self._inheritance.may_start(client.client_id)
 
-    def hire(self, client_id: int) -> None:
-        """Order workers for calls that no worker can take now."""
+    def hire(self, client: Client) -> None:
+        """Order workers for calls that no worker can take now, of the only client that there is."""
         crew = self._crew
-        coming = sum(1 for worker in crew.workers.values() if worker.state in ("FORKING", "STARTING"))
-        wanted = crew.queued_items - coming
-        while wanted > 0 and crew.staff() < crew.max_workers:
-            self.order(client_id)
+        wanted = self.wanted(client)
+        while wanted > 0 and crew.staff < crew.max_workers and not crew.is_full(client):
+            self.order(client)
             wanted -= 1
-        if not coming and crew.staff() >= crew.max_workers:
-            other = next((worker for worker in crew.idle.values() if worker.client_id != client_id), None)
-            if other is not None:
-                self.retire(other)
-                self.order(client_id)
 
-    def order(self, client_id: int) -> None:
+    def wanted(self, client: Client) -> int:
+        """Return how many workers more than are on their way a client has calls for that no worker can take now."""
+        workers = self._crew.workers.values()
+        coming = sum(1 for w in workers if w.client is client and w.state in ("FORKING", "STARTING"))
+        return client.queued_items - coming
+
+    def order(self, client: Client) -> None:
         """Have a worker forked."""
         self._last_worker_id += 1
-        worker = Worker(self._last_worker_id, client_id)
+        worker = Worker(self._last_worker_id, client, self._output.now)
         self._crew.workers[worker.worker_id] = worker
+        self._crew.staff += 1
+        client.staff += 1
+        self.has_turn(client)
         self._output.late.append(Fork(worker.worker_id))
 
     def forked(self, worker: Worker, pid: int) -> None:
@@ -93,6 +104,10 @@ class Hiring:
         self._start_failures.pop(worker.client_id, None)
         if worker.state == "STARTING":
             worker.state = "READY"
+            client = worker.client
+            client.start_s = self._output.now - worker.ordered_at
+            if client.slice_end == INFINITY:
+                client.slice_end = self._output.now + max(SLICE_S, START_FACTOR * client.start_s)
 
     def fork_failed(self, worker: Worker, reason: str) -> str | None:
         """A worker's process could not be made. Return why its client is to be given up, if it is."""
@@ -144,9 +159,19 @@ class Hiring:
             self.retire(worker)
         if worker.state != "READY" or worker.held or worker.portions or worker.worker_id in self._crew.idle:
             return
-        if self.draining or worker.client_id in self.gone_clients or self._crew.room(worker) <= 0:
+        client = worker.client
+        if client.owes:
+            self._pay(client)
+            self.retire(worker)
+        elif (
+            self.draining
+            or worker.client_id in self.gone_clients
+            or self._crew.room(worker) <= 0
+            or client.staff > client.max_workers
+        ):
             self.retire(worker)
         else:
+            worker.idle_since = self._output.now
             self._crew.idle[worker.worker_id] = worker
 
     def leave(self, worker: Worker) -> None:
@@ -154,9 +179,13 @@ class Hiring:
         self._crew.idle.pop(worker.worker_id, None)
         if worker.state == "LEAVING":
             return
+        self._count_out(worker)
         worker.state = "LEAVING"
-        if self.may_order(worker.client_id):
-            self.order(worker.client_id)
+        client = worker.client
+        if client.owes:
+            self._pay(client)
+        elif self.may_order(client) and not self._crew.is_full(client):
+            self.order(client)
 
     def retire(self, worker: Worker) -> None:
         """Let a worker with nothing in its hands exit."""
@@ -165,12 +194,41 @@ class Hiring:
             worker.retired = True
             if worker.state != "FORKING":
                 self._output.instructions.append(Retire(worker.worker_id))
+        self._count_out(worker)
         worker.state = "LEAVING"
+
+    def _pay(self, client: Client) -> None:
+        """The place of a worker of this client is another one's."""
+        client.owes -= 1
+        self.has_turn(client)
+
+    def has_turn(self, client: Client) -> None:
+        """Others are next, among equals."""
+        self._last_turn += 1
+        client.turn = self._last_turn
+
+    def _count_out(self, worker: Worker) -> None:
+        """The worker cannot be counted on any more."""
+        if worker.counts:
+            worker.counts = False
+            self._crew.staff -= 1
+            client = worker.client
+            client.staff -= 1
+            if worker.state != "READY" and client.slice_end == INFINITY:
+                client.slice_end = self._output.now  # it never came
 
     def retire_unused(self, client_id: int | None) -> None:
         """Let the workers (of one client) exit that have nothing in their hands."""
         for worker in list(self._crew.workers.values()):
             if not worker.held and client_id in (None, worker.client_id):
+                self.retire(worker)
+
+    def retire_surplus(self, client: Client) -> None:
+        """Let workers exit that have nothing in their hands and are more than their client may have."""
+        for worker in list(self._crew.workers.values()):
+            if client.staff <= client.max_workers:
+                break
+            if worker.client is client and worker.counts and not worker.held and not worker.portions:
                 self.retire(worker)
 
     def client_gone(self, client_id: int) -> None:
@@ -195,12 +253,14 @@ class Hiring:
         for worker in self._crew.workers.values():
             worker.freeze = {} if worker.freeze is not None else None
             self._crew.idle.pop(worker.worker_id, None)
+            self._count_out(worker)
             worker.state, worker.retired = "LEAVING", True
             self.old_workers.add(worker.worker_id)
             self._output.instructions.append(Kill(worker.worker_id))
 
     def reaped(self, worker: Worker) -> None:
         """The worker is no more."""
+        self._count_out(worker)
         del self._crew.workers[worker.worker_id]
         self._crew.idle.pop(worker.worker_id, None)
         self.old_workers.discard(worker.worker_id)

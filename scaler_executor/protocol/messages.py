@@ -173,8 +173,8 @@ class Hello(Message, tag=1):
     python: str = ""
     name: str = ""
     session: bytes = b""  # names the session to resume; empty for a new one
-    max_running: int | None = None  # at most so many of this client's calls at once
-    max_items_per_worker: int | None = None  # a worker is replaced after so many calls of this client
+    max_running: int | None = None  # at most so many of this client's items at once
+    max_items_per_worker: int | None = None  # instead of what agents were told for the workers of this client
 
 
 class Welcome(Message, tag=2):
@@ -402,6 +402,26 @@ class OperatorAnswer(Message, tag=29):
     tasks: list[tuple[int, int]]
 
 
+class ClientLimit(Message, tag=39):
+    """Scheduler to agent, before the first task of a client with limits, and when they change.
+
+    The agent may have so many workers for this client, counting those that are being stopped in a call; with 0 it
+    hands back what it cannot start. It says ClientLimited as soon as this holds, if `limit_no` is not 0.
+    """
+
+    client_id: int
+    max_workers: int | None = None  # None: no limit
+    max_items_per_worker: int | None = None  # None: as the agent was told
+    limit_no: int = 0
+
+
+class ClientLimited(Message, tag=40):
+    """Agent to scheduler: the ClientLimit of this number, the newest one of its client, is kept from now on."""
+
+    client_id: int
+    limit_no: int
+
+
 class WorkerRun(Message, tag=22):
     """Agent to worker: calls of one function, to be made in this order."""
 
@@ -513,11 +533,14 @@ AgentMessage: TypeAlias = (
     | AgentCapacity
     | WorkersBroken
     | InheritanceLost
+    | ClientLimited
     | Blocked
     | Unblocked
     | Output
 )
-ToAgentMessage: TypeAlias = Welcome | Refused | TaskRun | TaskCancel | ClientGone | InheritanceReplaced | Bye
+ToAgentMessage: TypeAlias = (
+    Welcome | Refused | TaskRun | TaskCancel | ClientGone | ClientLimit | InheritanceReplaced | Bye
+)
 ObserverMessage: TypeAlias = Hello | Bye | StatusAsk | OperatorCancel
 FromPeerMessage: TypeAlias = ClientMessage | AgentMessage | ObserverMessage
 ToObserverMessage: TypeAlias = Welcome | Refused | StatusReport | OperatorAnswer

@@ -23,7 +23,11 @@ from scaler_executor.protocol.messages import (
     AgentConfirm,
     AgentResult,
     ClientGone,
+    ClientLimit,
+    ClientLimited,
     Frames,
+    InheritanceLost,
+    InheritanceReplaced,
     Message,
     TaskCancel,
     TaskCancelConfirm,
@@ -34,6 +38,7 @@ from scaler_executor.protocol.messages import (
     TaskRunning,
     TaskSplit,
     TaskSubmit,
+    WorkersBroken,
 )
 
 #: A part that is larger than this goes in pieces of this size.
@@ -98,7 +103,10 @@ class _Keys:
         elif isinstance(message, TaskSplit):
             for task_id, _, at in message.splits:
                 self.tasks |= {task_id, task_id + at}
-        elif isinstance(message, ClientGone):
+        elif isinstance(
+            message,
+            (ClientGone, ClientLimit, ClientLimited, InheritanceLost, InheritanceReplaced, WorkersBroken),
+        ):
             self.exclusive.add(message.client_id)
         else:
             self.is_barrier = not isinstance(message, AgentCapacity)

@@ -24,8 +24,11 @@ from scaler_executor.protocol.messages import (
     AgentMessage,
     AgentResult,
     Bye,
+    CallStyle,
     CancelKind,
+    ClientLimited,
     ClientMessage,
+    Function,
     Hello,
     InheritanceLost,
     InheritanceReplaced,
@@ -46,14 +49,34 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_events import Drain, Drop, Event, Instruction, PeerLost, Received, Send, Tick
+from scaler_executor.protocol.scheduler_limits import Limits
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
-from scaler_executor.protocol.scheduler_rows import CANCELING, FENCING, QUEUED, RECALLING, Agent, Client, Observer, Task
+from scaler_executor.protocol.scheduler_rows import (
+    CANCELING,
+    FENCING,
+    QUEUED,
+    RECALLING,
+    Agent,
+    Client,
+    Observer,
+    Seat,
+    Task,
+)
 from scaler_executor.protocol.scheduler_tasks import CANCELED, EVENTS, FAILED, NOT_FOUND, STATES, TABLE, SchedulerTasks
 
-#: Longer names of peers are cut.
-MAX_NAME: Final = 200
 #: An agent that is cut off stops its calls before this time is over (see `agent.FENCE_S`), so that nothing runs twice.
 FENCE_S: Final = 10.0
+
+ERROR: Final = int(ResultKind.ERROR)
+#: The highest number of an item, and of a client: see `CLIENT_ID_SHIFT`.
+MAX_NO: Final = (1 << CLIENT_ID_SHIFT) - 1
+MAX_CLIENT_ID: Final = (1 << 63 - CLIENT_ID_SHIFT) - 1
+#: A peer counts workers, tasks and the like up to here.
+MAX_COUNT: Final = 1 << 31
+#: A client has no more functions than this at a time; its own side remembers `functions.MAX_FUNCTIONS`.
+MAX_CLIENT_FUNCTIONS: Final = 100_000
+#: Names of peers and functions are cut to so many characters.
+MAX_NAME: Final = 1000
 
 
 class SchedulerState:
@@ -68,12 +91,13 @@ class SchedulerState:
         self._python = python
         self._output = SchedulerOutput()
         self._assignment = Assignment(self._output)
+        self._limits = Limits(self._assignment.agents, self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
         #: {peer: Client or Agent}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent | Observer] = {}
         self._tally = scheduler_status.Tally()
-        #: When the tasks in FENCING are decided: [(deadline, [Task])], earliest first.
-        self._fences: list[tuple[float, list[Task]]] = []
+        #: When the tasks in FENCING of an agent are decided, earliest first.
+        self._fences: list[tuple[float, list[Task], Agent]] = []
         self._last_client_id = 0
         #: Why nothing is started any more, or None.
         self._closing: str | None = None
@@ -101,8 +125,12 @@ class SchedulerState:
         else:
             unreachable(event)
         while self._fences and self._fences[0][0] <= now:
-            for task in self._fences.pop(0)[1]:
+            _, tasks, agent = self._fences.pop(0)
+            for task in tasks:
                 self._tasks.step(task, "FENCE_DUE")
+            self._limits.agent_stopped(agent)
+        if self._limits.is_due:
+            self._limits.divide()
         if self._closing is not None:
             self._give_back(self._closing)
         self._assignment.pump()
@@ -123,13 +151,13 @@ class SchedulerState:
 
     def check(self) -> None:
         """Assert the invariants."""
-        held: dict[Agent, int] = dict.fromkeys(self._assignment.agents, 0)
+        held: dict[Seat, int] = {seat: 0 for agent in self._assignment.agents for seat in agent.seats.values()}
         queued = {id(task) for client in self._peers.values() if isinstance(client, Client) for task in client.queue}
-        fenced = {id(task) for _, tasks in self._fences for task in tasks}
+        fenced = {id(task) for _, tasks, _ in self._fences for task in tasks}
         for task_id, task in self._tasks.by_id.items():
             assert task.task_id == task_id
             assert 0 <= task.start < task.items, (task_id, task.start, task.items)
-            assert (task.agent is None) == (task.state in (QUEUED, FENCING)), (task_id, task.state)
+            assert (task.seat is None) == (task.state in (QUEUED, FENCING)), (task_id, task.state)
             assert bool(task.agent_cancel_no) == (task.state in (RECALLING, CANCELING)), (task_id, task.state)
             assert not task.user_cancel_no or task.state in (CANCELING, FENCING), (task_id, task.state)
             assert task.state != QUEUED or id(task) in queued, task_id
@@ -138,10 +166,15 @@ class SchedulerState:
             assert not task.client.gone or task.client in self._tasks.leaving
             assert task.state != QUEUED or not task.recall_refused
             assert task.no not in task.client.runs or task.client.runs[task.no][task_id] is task
-            if task.agent is not None:
-                held[task.agent] += 1
-        for agent, count in held.items():
-            assert agent.held == count, (agent.peer, agent.held, count)
+            if task.seat is not None:
+                assert task.seat.client is task.client, task_id
+                held[task.seat] += 1
+        for seat, count in held.items():
+            assert seat.held == count, (seat.agent.peer, seat.held, count)
+            assert not seat.client.gone or seat.client in self._tasks.leaving
+        for limited in self._limits.clients.values():
+            in_use = [agent.seats[limited].in_use for agent in self._assignment.agents if limited in agent.seats]
+            assert limited.max_running is None or sum(in_use) + limited.out_of_reach <= limited.max_running, in_use
         for client in self._peers.values():
             if isinstance(client, Client):
                 assert client in self._assignment.ready or not any(task.state == QUEUED for task in client.queue)
@@ -181,13 +214,23 @@ class SchedulerState:
             reason = f"it runs Python {message.python or 'unknown'}, the scheduler {self._python}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
+            limits = message.max_running, message.max_items_per_worker
+            if not all(limit is None or 0 < limit <= MAX_COUNT for limit in limits):
+                raise RemoteProtocolError(f"max_running {limits[0]}, max_items_per_worker {limits[1]}")
+            if self._last_client_id == MAX_CLIENT_ID:
+                raise RemoteProtocolError("one client too many: this scheduler has no more numbers")
             self._last_client_id += 1
             workers = sum(agent.workers for agent in self._assignment.agents)
-            self._peers[peer_id] = Client(peer_id, self._last_client_id, message.name[:MAX_NAME], self._output.now)
+            client = Client(peer_id, self._last_client_id, *limits, message.name[:MAX_NAME], self._output.now)
+            self._peers[peer_id] = client
             self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id, workers=workers)))
+            if limits != (None, None):
+                self._limits.clients[self._last_client_id] = client
+                self._limits.is_due = True
         elif message.role == "agent":
-            agent = self._peers[peer_id] = Agent(peer_id, message.name[:MAX_NAME], self._output.now)
+            self._peers[peer_id] = agent = Agent(peer_id, message.name[:MAX_NAME], self._output.now)
             self._assignment.agents.append(agent)
+            self._limits.is_due = True
             self._output.instructions.append(Send(peer_id, Welcome(0)))
         elif message.role == "observer":
             self._peers[peer_id] = Observer(peer_id)
@@ -205,14 +248,16 @@ class SchedulerState:
         elif isinstance(peer, Agent):
             self._assignment.agents.remove(peer)
             self._output.touched.pop(peer, None)
+            self._limits.is_due = True
+            if not stopped:
+                self._limits.agent_lost(peer)
             fenced: list[Task] = []
             for task in [task for task in self._tasks.by_id.values() if task.agent is peer]:
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
             if fenced:
                 # It may have been silent for long already; then it has stopped by now.
-                bisect.insort(
-                    self._fences, (self._output.now + max(0.0, FENCE_S - unheard_s), fenced), key=lambda fence: fence[0]
-                )
+                fence = (self._output.now + max(0.0, FENCE_S - unheard_s), fenced, peer)
+                bisect.insort(self._fences, fence, key=lambda fence: fence[0])
             self._check_broken()
 
     def _drain(self, reason: str) -> None:
@@ -234,6 +279,7 @@ class SchedulerState:
         for task in tasks:
             self._tasks.step(task, "CLIENT_LOST")
         client.queue.clear()
+        self._limits.clients.pop(client.client_id, None)
         self._output.touched.pop(client, None)
         keys = [(client.client_id, function_id) for function_id in client.functions]
         for agent in self._assignment.agents:
@@ -244,6 +290,7 @@ class SchedulerState:
             self._output.touched[agent] = None
         if not client.tasks_left:
             self._tasks.leaving.pop(client, None)
+            self._assignment.forget_client(client)
 
     # From clients
 
@@ -271,7 +318,10 @@ class SchedulerState:
     def _submit(self, client: Client, message: TaskSubmit) -> None:
         functions = client.functions
         for function in message.functions:
+            _check_function(function)
             functions[function.function_id] = ReceivedFunction(function, functions.get)
+        if len(functions) > MAX_CLIENT_FUNCTIONS:
+            raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
@@ -300,8 +350,8 @@ class SchedulerState:
                 self._output.touched[agent] = None
 
     def _cancel(self, client: Client, no: int, cancel_no: int, kind: int) -> None:
-        if kind not in (CancelKind.SOFT, CancelKind.FORCED) or cancel_no < 1:
-            raise RemoteProtocolError(f"cancel {cancel_no} of kind {kind}")
+        if kind not in (CancelKind.SOFT, CancelKind.FORCED) or not 0 < cancel_no <= MAX_NO or not 0 < no <= MAX_NO:
+            raise RemoteProtocolError(f"cancel {cancel_no} of kind {kind}, task {no}")
         run = client.runs.get(no)
         task = self._tasks.by_id.get(client.base + no)
         # Only a submitted task can be named, not the pieces that a run has become here.
@@ -346,8 +396,10 @@ class SchedulerState:
         items = 0
         for task_id, attempt, first, count, kind, payload in message.results:
             task = by_id.get(task_id)
-            if task is None or task.agent is not agent or task.attempt != attempt:
+            if task is None or (seat := task.seat) is None or seat.agent is not agent or task.attempt != attempt:
                 self.stale += 1
+            elif kind and kind != ERROR:  # VALUE is 0
+                raise RemoteProtocolError(f"result of kind {kind}, task {task_id}")
             else:
                 items += count
                 table[task.state]["RESULT"](tasks, task, first, count, kind, payload)
@@ -380,16 +432,23 @@ class SchedulerState:
                     task.client.running.append(task.no)
                     touched[task.client] = None
         elif isinstance(message, AgentCapacity):
+            if not (0 <= message.tasks <= MAX_COUNT and 0 <= message.workers <= MAX_COUNT):
+                raise RemoteProtocolError(f"capacity {message.tasks}, {message.workers} workers")
+            if (message.workers, message.tasks == 0) != (agent.workers, agent.capacity == 0):
+                self._limits.is_due = True
             agent.capacity, agent.workers = message.tasks, message.workers
+        elif isinstance(message, ClientLimited):
+            self._limits.limited(agent, message.client_id, message.limit_no)
         elif isinstance(message, InheritanceLost):
             for client in self._peers.values():
                 if isinstance(client, Client) and client.client_id == message.client_id:
                     agent.disinherited.add(message.client_id)
                     self._output.instructions.append(Send(client.peer, message))
         elif isinstance(message, WorkersBroken):
-            agent.broken_for.add(message.client_id)
             for client in list(self._peers.values()):
                 if isinstance(client, Client) and client.client_id == message.client_id:
+                    agent.broken_for.add(message.client_id)
+                    self._limits.is_due = True
                     self._break(client, message.reason)
         elif isinstance(message, Bye):
             # It says so when it holds nothing: what it still seems to have crossed its Bye and never reached it.
@@ -438,6 +497,23 @@ class SchedulerState:
             for client in list(self._peers.values()):
                 if isinstance(client, Client):
                     self._break(client, "no agent is left that can start a worker")
+
+
+def _check_function(function: Function) -> None:
+    """Look at what a client says of a function before an agent relies on it."""
+    options = function.options
+    grace_s = options.cancel_grace_s
+    if not (
+        0 < function.function_id <= MAX_NO
+        and 0 <= function.style <= max(CallStyle)
+        and options.retries >= 0
+        and (grace_s is None or grace_s >= 0)  # which is false for what is not a number
+        and len(function.needs) <= MAX_CLIENT_FUNCTIONS
+        and 0 not in function.needs
+    ):
+        raise RemoteProtocolError(f"function {function.function_id} of style {function.style} with {options}")
+    if len(function.name) > MAX_NAME:
+        function.name = function.name[:MAX_NAME]
 
 
 __all__ = [

@@ -59,6 +59,9 @@ class SchedulerOutput:
         for client_id in agent.gone_clients:
             self.instructions.append(Send(agent.peer, ClientGone(client_id)))
         agent.gone_clients = []
+        for limit in agent.limits:
+            self.instructions.append(Send(agent.peer, limit))
+        agent.limits = []
         # Cancels before runs: a task that is cancelled in this step was assigned in an earlier one.
         if agent.cancels:
             self.instructions.append(Send(agent.peer, TaskCancel(agent.cancels)))

@@ -15,6 +15,7 @@ from scaler_executor.protocol.messages import (
     CancelKind,
     CancelRow,
     ClientConfirmRow,
+    ClientLimit,
     ClientResultRow,
     Function,
     RunRow,
@@ -36,8 +37,8 @@ class Task:
     """A task. The attributes with a class-level default are set on the way, if ever."""
 
     state: State = QUEUED
-    #: The agent that has it; None in QUEUED and FENCING.
-    agent: Agent | None = None
+    #: Its client at the agent that has it; None in QUEUED and FENCING.
+    seat: Seat | None = None
     #: Number of the current attempt. What an agent says of another one is stale.
     attempt: int = 1
     #: How often it was tried and lost its worker so far.
@@ -80,12 +81,31 @@ class Task:
     def open_items(self) -> int:
         return self.items - self.start
 
+    @property
+    def agent(self) -> Agent | None:
+        seat = self.seat
+        return None if seat is None else seat.agent
+
 
 class Client:
     """A client as the scheduler sees it."""
 
-    def __init__(self, peer: int, client_id: int, name: str = "", now: float = 0.0) -> None:
+    def __init__(
+        self,
+        peer: int,
+        client_id: int,
+        max_running: int | None = None,
+        max_items_per_worker: int | None = None,
+        name: str = "",
+        now: float = 0.0,
+    ) -> None:
         self.peer = peer
+        #: So many of its items may be in progress at once; None: no limit.
+        self.max_running = max_running
+        #: What its workers are replaced after, if not what agents were told.
+        self.max_items_per_worker = max_items_per_worker
+        #: So many of its items may be in progress at agents out of reach.
+        self.out_of_reach = 0
         self.client_id = client_id
         self.name = name
         #: When it came.
@@ -115,6 +135,23 @@ class Observer:
         self.peer = peer
 
 
+class Seat:
+    """One client at one agent. The attributes with a class-level default are for a client with limits."""
+
+    #: Workers that the agent was told it may have for the client; None: nothing, or that there is no limit.
+    quota: int | None = None
+    #: Workers that it may still have for the client: `quota`, or what it was before until the agent keeps that.
+    in_use: int = 0
+    #: Number of the newest limit that it was told; 0: none.
+    limit_no: int = 0
+
+    def __init__(self, agent: Agent, client: Client) -> None:
+        self.agent = agent
+        self.client = client
+        #: How many tasks of the client the agent holds.
+        self.held = 0
+
+
 class Agent:
     """An agent as the scheduler sees it."""
 
@@ -126,8 +163,11 @@ class Agent:
         #: How many tasks it wants to hold at once.
         self.capacity = 0
         self.workers = 0
-        #: How many it holds.
+        #: {Client: Seat} of the clients that have, or had, tasks here.
+        self.seats: dict[Client, Seat] = {}
+        #: How many tasks it holds, and of how many clients, as counted by `Assignment`.
         self.held = 0
+        self.clients_here = 0
         #: Since when it has had fewer tasks than workers while nothing was queued, or None.
         self.idle_since: float | None = None
         #: Clients for which it cannot start a worker.
@@ -142,3 +182,11 @@ class Agent:
         self.forgotten: list[tuple[int, int]] = []
         self.cancels: list[CancelRow] = []
         self.gone_clients: list[int] = []
+        self.limits: list[ClientLimit] = []
+
+    def seat(self, client: Client) -> Seat:
+        """Return the seat of `client`, which may be new."""
+        seat = self.seats.get(client)
+        if seat is None:
+            seat = self.seats[client] = Seat(self, client)
+        return seat

@@ -170,9 +170,9 @@ class SchedulerTasks:
         if not (task.start <= at < task.items) or not at:
             raise RemoteProtocolError(f"split at item {at} of {task.start} to {task.items}")
         tail = self._split_off(task, at)
-        tail.state, tail.agent = ASSIGNED, task.agent
-        assert task.agent is not None
-        task.agent.held += 1
+        tail.state, tail.seat = ASSIGNED, task.seat
+        assert task.seat is not None
+        task.seat.held += 1
         if task.start == at:
             self._forget(task)
 
@@ -195,9 +195,9 @@ class SchedulerTasks:
         self._fence(task, fenced)
 
     def _fence(self, task: Task, fenced: list[Task]) -> None:
-        assert task.agent is not None
-        task.agent.held -= 1
-        task.state, task.agent, task.agent_cancel_no = FENCING, None, 0
+        assert task.seat is not None
+        task.seat.held -= 1
+        task.state, task.seat, task.agent_cancel_no = FENCING, None, 0
         fenced.append(task)
 
     def _fence_due(self, task: Task) -> None:
@@ -238,10 +238,10 @@ class SchedulerTasks:
 
     def _forget(self, task: Task) -> None:
         del self.by_id[task.task_id]
-        agent, client = task.agent, task.client
-        if agent is not None:
-            agent.held -= 1
-            task.agent = None
+        seat, client = task.seat, task.client
+        if seat is not None:
+            seat.held -= 1
+            task.seat = None
         task.state = GONE
         task.payload = b""
         if client.runs:
@@ -254,6 +254,7 @@ class SchedulerTasks:
             client.tasks_left -= 1
             if not client.tasks_left:
                 self.leaving.pop(client, None)
+                self._assignment.forget_client(client)
 
     def _split_off(self, task: Task, at: int) -> Task:
         """Make the items of `task` from `at` on a task of their own, held by nobody, of the same attempt."""
@@ -283,9 +284,9 @@ class SchedulerTasks:
             rest = self._split_off(task, task.start)
             self._forget(task)
             task = rest
-        if task.agent is not None:
-            task.agent.held -= 1
-            task.agent = None
+        if task.seat is not None:
+            task.seat.held -= 1
+            task.seat = None
         if new_attempt:
             task.attempt += 1
         task.state, task.recall_refused = QUEUED, False

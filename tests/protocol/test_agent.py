@@ -28,7 +28,7 @@ from scaler_executor.protocol.agent import (
     Start,
     Tick,
 )
-from scaler_executor.protocol.agent_calls import GONE_GRACE_S
+from scaler_executor.protocol.agent_calls import GONE_GRACE_S, MAX_GRACE_S
 from scaler_executor.protocol.agent_dispatch import LOOK_S, RECALL_S
 from scaler_executor.protocol.agent_hiring import FORK_RETRY_S, MAX_FORK_FAILURES
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
@@ -354,6 +354,14 @@ def test_idle_worker_dies():
     assert state.records(value(2), batch_end()) == [result(1)]
     assert state.on(exited(2, 2)) == []
     assert state.run((2, 1)) == [Fork(2)]
+
+
+def test_endless_grace():
+    """However long a client gives its calls to unwind, the next deadline is one that can be waited for."""
+    state = running(cancel_grace_s=float("inf"))
+    state.tick(LOOK_S)
+    state.cancel(1, 7)
+    assert state._calls.by_id[BASE + 1].grace_due == state.now + MAX_GRACE_S
 
 
 def test_client_is_gone_while_its_call_is_stopped():

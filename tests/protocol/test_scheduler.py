@@ -13,6 +13,7 @@ from scaler_executor.protocol.messages import (
     CallStyle,
     CancelKind,
     ClientGone,
+    ClientLimited,
     DeathReport,
     Function,
     Hello,
@@ -36,6 +37,8 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.scheduler import (
     FENCE_S,
+    MAX_CLIENT_FUNCTIONS,
+    MAX_NAME,
     Drop,
     PeerLost,
     Received,
@@ -635,9 +638,32 @@ def test_wrong_version():
         TaskSubmit([(5, 1, 77, b"")]),
         TaskSubmit([(5, 1 << 40, 1, b"")]),
         TaskSubmit([], forget=[77]),
+        TaskSubmit([(1 << 63, 1, 1, b"")]),
+        TaskSubmit([(5, 1 << 63, 1, b"")]),
+        TaskSubmit([(5, -1, 1, b"")]),
+        TaskSubmit([(-5, 1, 1, b"")]),
+        TaskSubmit([], forget=[0]),
+        TaskSubmit([], [Function(0, "f", b"")]),
+        TaskSubmit([], [Function(-1, "f", b"")]),
+        TaskSubmit([], [Function(1 << 60, "f", b"")]),
+        TaskSubmit([], [Function(2, "f", b"", style=9)]),
+        TaskSubmit([], [Function(2, "f", b"", style=-1)]),
+        TaskSubmit([], [Function(2, "f", b"", needs=[2])]),
+        TaskSubmit([], [Function(2, "f", b"", options=Options(retries=-1))]),
+        TaskSubmit([], [Function(2, "f", b"", options=Options(cancel_grace_s=-1.0))]),
+        TaskSubmit([], [Function(2, "f", b"", options=Options(cancel_grace_s=float("nan")))]),
+        TaskSubmit([], [Function(2, "f", b"", needs=[0])]),
         cancel(1, 0),
+        cancel(1, -1),
+        cancel(1, 1 << 63),
+        cancel(0, 1),
+        cancel(-BASE, 1),
+        cancel(BASE + 1, 1),
         cancel(1, 1, RECALL),
         cancel(1, 1, 9),
+        cancel(1, 1, -1),
+        AgentResult([(BASE + 1, 1, 0, 1, 0, b"")]),
+        ClientLimited(1, 1),
     ],
 )
 def test_client_breaks_the_protocol(message):
@@ -660,8 +686,20 @@ def test_client_breaks_the_protocol(message):
         confirm(1, 0, FAILED),
         confirm(1, 0, NOT_FOUND),
         confirm(1, 0, at=1),
+        result(1, -1, 1),
+        result(1, 0, 1, kind=ResultKind.BROKEN),
+        result(1, 0, 1, kind=-1),
+        result(1, 0, 1, kind=1 << 40),
+        confirm(1, 0, at=-1),
+        confirm(1, 0, at=1 << 40),
         TaskSplit([(BASE + 1, 1, 0)]),
         TaskSplit([(BASE + 1, 1, 1)]),
+        TaskSplit([(BASE + 1, 1, -1)]),
+        AgentCapacity(-1, 1),
+        AgentCapacity(1, -1),
+        AgentCapacity(1 << 40, 1),
+        AgentCapacity(1, 1 << 40),
+        cancel(1, 1),
     ],
 )
 def test_agent_breaks_the_protocol(message):
@@ -670,6 +708,46 @@ def test_agent_breaks_the_protocol(message):
     out = state.got(AGENT, message)
     assert out == [out[0]] and out[0].peer == AGENT and out[0].error
     assert state.next_deadline() == FENCE_S
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1 << 40])
+@pytest.mark.parametrize("name", ["max_running", "max_items_per_worker"])
+def test_hello_with_a_limit_that_makes_no_sense(name, limit):
+    """A client that may have no worker, or more than can be counted, is not let in."""
+    (drop,) = Scheduler().got(CLIENT, Hello("client", **{name: limit}))
+    assert drop.peer == CLIENT and drop.error
+
+
+def test_too_many_functions():
+    """What one client can have remembered is bounded; a name is cut."""
+    state = scheduler()
+    state.got(CLIENT, TaskSubmit([], [Function(1, "f" * 5000, b"")]))
+    (client,) = [peer for peer in state._peers.values() if peer.peer == CLIENT]
+    assert len(client.functions[1].function.name) == MAX_NAME
+    functions = [Function(number, "f", b"") for number in range(2, MAX_CLIENT_FUNCTIONS + 2)]
+    assert state.got(CLIENT, TaskSubmit([], functions))[0].error
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        result(1, 5, 1 << 60),
+        confirm(1, 1 << 60, 77, at=-1),
+        TaskSplit([(BASE + 1, 1, -1)]),
+        TaskDied([(BASE + 1, 1, REPORT)]),
+        TaskReturned([(BASE + 1, 1)]),
+    ],
+)
+def test_agent_names_what_it_does_not_have(message):
+    """Whatever an agent says of another one's tasks is counted and changes nothing."""
+    state = with_task()
+    state.got(OTHER_AGENT, Hello("agent"))
+    assert state.got(OTHER_AGENT, message) == []
+    assert state.stale == 1 and state.outstanding == 1
+    assert state.got(OTHER_AGENT, TaskRunning([BASE + 1, -1, 1 << 62])) == []
+    assert state.got(OTHER_AGENT, ClientLimited(1 << 60, -1)) == []
+    assert state.got(OTHER_AGENT, WorkersBroken(77, "no")) == []
+    assert all(not agent.broken_for for agent in state._assignment.agents)
 
 
 def test_message_before_hello():

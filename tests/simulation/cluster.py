@@ -57,8 +57,9 @@ class SimFuture:
 
 
 class SimClient:
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, max_running: int | None) -> None:
         self.index = index
+        self.max_running = max_running
         self.state = clients.ClientState()
         self.futures: dict[int, SimFuture] = {}
         self.gone = False
@@ -121,6 +122,10 @@ class Cluster:
     def expedite(self, worker: SimWorker) -> None:
         """What this worker waits for has been cut short."""
 
+    def checks_now(self) -> bool:
+        """Tell whether a machine is to check itself after this step."""
+        return True
+
     def fork_fate(self, agent: int) -> str:
         """Return "ready", "fails", "dies" or "no fork"."""
         return "ready"
@@ -134,11 +139,12 @@ class Cluster:
 
     # Set-up
 
-    def add_client(self) -> SimClient:
-        client = SimClient(len(self.clients))
+    def add_client(self, max_running: int | None = None, max_items_per_worker: int | None = None) -> SimClient:
+        client = SimClient(len(self.clients), max_running)
         self.clients.append(client)
         self._join(client)
-        self.post(("up", self._peer_of(client)), Hello("client"))
+        hello = Hello("client", max_running=max_running, max_items_per_worker=max_items_per_worker)
+        self.post(("up", self._peer_of(client)), hello)
         return client
 
     def add_agent(self, max_workers: int, **settings: Any) -> SimAgent:
@@ -335,7 +341,8 @@ class Cluster:
     def to_scheduler(self, event: Any) -> None:
         self.note("scheduler", event)
         instructions = self.scheduler.handle(event, self.now)
-        self.scheduler.check()
+        if self.checks_now():
+            self.scheduler.check()
         for instruction in instructions:
             if isinstance(instruction, schedulers.Send):
                 self._sent_by_scheduler(instruction.peer, instruction.message)
@@ -372,7 +379,8 @@ class Cluster:
             return
         self.note(f"agent {agent.index}", event)
         instructions = agent.state.handle(event, self.now)
-        agent.state.check()
+        if self.checks_now():
+            agent.state.check()
         self.after_agent(agent)
         for instruction in instructions:
             self._do_for_agent(agent, instruction)
@@ -451,7 +459,8 @@ class Cluster:
             return
         self.note(f"client {client.index}", event)
         instructions = client.state.handle(event, self.now)
-        client.state.check()
+        if self.checks_now():
+            client.state.check()
         for instruction in instructions:
             self._do_for_client(client, instruction)
 
@@ -523,6 +532,10 @@ class Cluster:
         self.starts[item] += 1
         assert self.starts[item] <= 1 + self.retries, f"{item} started {self.starts[item]} times"
         self.running[item] = (worker.agent, worker.worker_id)
+        most = self.clients[worker.client].max_running
+        if most is not None:
+            count = sum(client == worker.client for client, _ in self.running)
+            assert count <= most, f"{count} items of client {worker.client} run at once, {most} may"
 
     def item_ends(self, worker: SimWorker) -> None:
         del self.running[worker.current_item()]
@@ -591,7 +604,8 @@ class Cluster:
             rest = (inner._functions, hiring.broken, hiring.gone_clients, calls.stopping, calls.to_freeze)
             assert not any(rest), rest
             assert not inner._inheritance._definitions and not agent.ordered
-            assert not hiring.old_workers and not hiring._start_failures and not inner._crew.next_queued()
+            assert not hiring.old_workers and not hiring._start_failures
+            assert not inner._crew.clients, inner._crew.clients
         assert not self.running
 
 

@@ -17,13 +17,17 @@ from typing import Any
 
 from scaler_executor.protocol import agent, scheduler
 from scaler_executor.protocol.agent_calls import AgentCalls
+from scaler_executor.protocol.agent_crew import Crew
 from scaler_executor.protocol.agent_dispatch import Dispatch
 from scaler_executor.protocol.agent_inheritance import Inheritance
+from scaler_executor.protocol.agent_sharing import Sharing
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
 from scaler_executor.protocol.messages import CancelKind, DeathReport
 from scaler_executor.protocol.page import CURRENT, DONE, slot
 from scaler_executor.protocol.scheduler import SchedulerState
+from scaler_executor.protocol.scheduler_assignment import Assignment
+from scaler_executor.protocol.scheduler_limits import Limits
 from scaler_executor.protocol.scheduler_tasks import SchedulerTasks
 
 from .cluster import Cluster
@@ -31,7 +35,7 @@ from .random_runs import Run
 from .worker import SimWorker
 
 MAX_SEEDS = 600
-PURE_TESTS = ("test_scheduler", "test_agent", "test_client")
+PURE_TESTS = ("test_scheduler", "test_agent", "test_client", "test_sharing")
 
 #: (where, name or key, what stands there instead)
 Change = tuple[Any, Any, Any]
@@ -273,6 +277,62 @@ def send_the_definitions_once() -> list[Change]:
     return [(Inheritance, "definitions", definitions)]
 
 
+def forget_debts() -> list[Change]:
+    """An agent gives nobody's place to another client."""
+    return [(Sharing, "_note_debts", lambda self, wanted: None)]
+
+
+def let_a_limited_client_have_more() -> list[Change]:
+    """An agent has as many workers for a client as there is room for."""
+    return [(Crew, "is_full", lambda self, client: False)]
+
+
+def forget_calls_that_are_being_stopped() -> list[Change]:
+    """An agent starts another call of a client at its limit while one is being stopped."""
+    return [(Crew, "in_use", lambda self, client: client.staff)]
+
+
+def raise_a_limit_before_another_is_kept() -> list[Change]:
+    """The scheduler takes it that an agent keeps a lower limit as soon as it is told."""
+    original = Limits._say
+
+    def say(self: Any, seat: Any, quota: Any) -> None:
+        original(self, seat, quota)
+        seat.in_use = quota or 0
+
+    return [(Limits, "_say", say)]
+
+
+def forget_what_is_out_of_reach() -> list[Change]:
+    """The scheduler gives the part of a lost agent to others at once."""
+    return [(Limits, "agent_lost", lambda self, agent: None), (Limits, "agent_stopped", lambda self, agent: None)]
+
+
+def say_limited_too_early() -> list[Change]:
+    """An agent says that it keeps a limit when it hears of it."""
+
+    def limited(self: Any) -> None:
+        in_use, Crew.in_use = Crew.in_use, lambda self, client: 0  # type: ignore[method-assign]
+        try:
+            original(self)
+        finally:
+            Crew.in_use = in_use  # type: ignore[method-assign]
+
+    original = agent.AgentState._say_limited
+    return [(agent.AgentState, "_say_limited", limited)]
+
+
+def give_a_flood_all_the_room() -> list[Change]:
+    """The scheduler lets a client wait for room behind all that an agent holds of another one."""
+
+    original = Assignment._room
+
+    def room(self: Any, seat: Any) -> int:
+        return min(original(self, seat), seat.agent.capacity - seat.agent.held)
+
+    return [(Assignment, "_room", room)]
+
+
 MUTATIONS: list[Callable[[], list[Change]]] = [
     drop_the_crossing_result,
     requeue_while_cancelling,
@@ -298,6 +358,13 @@ MUTATIONS: list[Callable[[], list[Change]]] = [
     no_recall_from_busy_workers,
     start_before_the_definitions_are_there,
     send_the_definitions_once,
+    forget_debts,
+    let_a_limited_client_have_more,
+    forget_calls_that_are_being_stopped,
+    raise_a_limit_before_another_is_kept,
+    forget_what_is_out_of_reach,
+    say_limited_too_early,
+    give_a_flood_all_the_room,
 ]
 
 

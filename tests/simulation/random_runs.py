@@ -15,6 +15,7 @@ from scaler_executor.protocol import agent as agents
 from scaler_executor.protocol import client as clients
 from scaler_executor.protocol import link as links
 from scaler_executor.protocol import scheduler as schedulers
+from scaler_executor.protocol.agent_hiring import SLICE_S
 from scaler_executor.protocol.codec import Decoder, Encoder
 from scaler_executor.protocol.messages import (
     AgentMessage,
@@ -43,6 +44,8 @@ _DECODERS = {
 
 class Run(Cluster):
     """One run. `Run(seed).run()` raises AssertionError if anything is wrong."""
+
+    max_steps = MAX_STEPS
 
     def __init__(self, seed: int, verbose: bool = False) -> None:
         rng = self.rng = random.Random(seed)
@@ -90,7 +93,7 @@ class Run(Cluster):
         for _ in range(self.agents_wanted):
             self.add_agent(**self.settings)
         for _ in range(rng.choice([1, 1, 2, 3])):
-            self.add_client()
+            self.add_client(rng.choice([None, None, None, 1, 2, 3]), rng.choice([None, None, None, None, 1, 3]))
         self.durations = rng.choice(
             [
                 [1e-6],
@@ -289,7 +292,7 @@ class Run(Cluster):
             time, _, what, first, second = heapq.heappop(heap)
             self.now = time
             self.steps += 1
-            assert self.steps < MAX_STEPS and time < MAX_TIME_S, "it does not come to an end"
+            assert self.steps < self.max_steps and time < MAX_TIME_S, "it does not come to an end"
             if what == "deliver":
                 if first in self.queues:
                     self.deliver(first)
@@ -335,9 +338,10 @@ class Run(Cluster):
     def check_dispatch(self, agent: SimAgent) -> None:
         """No call waits behind a running one while a worker is idle."""
         crew = agent.state._crew
-        call = crew.next_queued()
         idle_for = {worker.client_id for worker in crew.idle.values()}
-        assert call is None or call.client_id not in idle_for, "a call is queued and a worker is idle"
+        for state in crew.clients.values():
+            is_idle = state.client_id in idle_for
+            assert not is_idle or state.next_queued() is None, "a call is queued and a worker is idle"
         slack = WAIT_BEHIND_S + 80 * self.forker_s + 2 * self.fork_s
         since = self.behind_since
         for worker in crew.workers.values():
@@ -346,10 +350,13 @@ class Run(Cluster):
                 key = (agent.index, worker.worker_id, head.seq, head.start)
                 sim = agent.workers.get(worker.worker_id)
                 stopping = head.state in ("STOPPING_SOFT", "FREEZING", "KILLING")
-                if not idle_for or stopping or sim is None or sim.dead or sim.killed or sim.stuck or sim.frozen:
+                # Another client's idle worker is kept for it for a while.
+                idle = [0.0 if w.client is worker.client else w.idle_since + SLICE_S for w in crew.idle.values()]
+                stopping = stopping or crew.is_full(worker.client)
+                if not idle or stopping or sim is None or sim.dead or sim.killed or sim.stuck or sim.frozen:
                     since.pop(key, None)
                 else:
-                    waited = self.now - since.setdefault(key, self.now)
+                    waited = self.now - max(since.setdefault(key, self.now), min(idle))
                     assert waited < slack, f"call {worker.held[-1].task_id} waits for {waited} s behind a running one"
 
     def agent_drained(self, agent: SimAgent) -> None:
