@@ -16,6 +16,7 @@ import msgspec
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
 from scaler_executor.protocol.machine import Story, Transition, peer_error, unreachable
 from scaler_executor.protocol.messages import (
+    BY_OPERATOR,
     PROTOCOL_VERSION,
     Bye,
     CancelKind,
@@ -411,6 +412,10 @@ class ClientState:
             if task is None or (cancel_no != task.cancel_no and kind == TaskCancelConfirmType.CANCEL_FAILED):
                 self.stale += 1  # over, or a newer request is out: its answer counts
                 continue
+            if cancel_no == BY_OPERATOR and kind == TaskCancelConfirmType.CANCELED:
+                # Whether this client has asked for it as well or not.
+                self._cancelled(task, first, count, "CANCELED" if proven else "UNCONFIRMED")
+                continue
             _TABLE[task.state]["CONFIRM"](self, task, kind, first, count, proven)
 
     def _confirmed(self, task: ClientTask, kind: int, first: int, count: int, proven: bool) -> None:
@@ -428,11 +433,6 @@ class ClientState:
             self._out.append(CancelRefused([task.no]))
         else:
             raise RemoteProtocolError(f"confirm of type {kind}")
-
-    def _stopped_by_operator(self, task: ClientTask, kind: int, first: int, count: int, proven: bool) -> None:
-        if kind != TaskCancelConfirmType.CANCELED:
-            raise RemoteProtocolError(f"confirm of type {kind} without a request, task {task.no}")
-        self._cancelled(task, first, count, "CANCELED" if proven else "UNCONFIRMED")
 
     def _cancelled(self, task: ClientTask, first: int, count: int, cause: Cause) -> None:
         self._story.add(self._now, task.no, cause, task.state, task.state, f"items {first}+{count}")
@@ -490,9 +490,8 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     SENT: {
         "CANCEL": ClientState._ask,
         "RESULT": ClientState._deliver,
-        # Nothing was asked, by this client. A late CancelFailed does not come here: its number is looked at before the
-        # state.
-        "CONFIRM": ClientState._stopped_by_operator,
+        # Nothing was asked. A late CancelFailed does not come here: its number is looked at before the state.
+        "CONFIRM": peer_error,
     },
     CANCELING: {
         "CANCEL": ClientState._raise_or_join,

@@ -19,8 +19,7 @@ hears nothing for too long takes the transport for gone. Each beat carries the s
 last read on the other's: so an end knows until when it was certainly heard (`proven_at`), whatever the two clocks say.
 The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in time.
 
-No more than a window's worth of bytes is on its way unacknowledged (`room`). It is as large as the delay allows, so
-that what is urgent never waits long behind what is large.
+No more than a window's worth of bytes is on its way unacknowledged, see `room` and `window`.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import msgspec
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.machine import Story, Transition, forbidden, ignore, unreachable
+from scaler_executor.protocol.window import Window
 
 State = Literal["DOWN", "GREETING", "UP", "LOST"]
 DOWN: Final = "DOWN"
@@ -51,12 +51,6 @@ ACK_AFTER_S: Final = 0.2
 ACK_AFTER_PACKETS: Final = 64
 #: ... or after so many bytes, for the sender may wait for that.
 ACK_AFTER_BYTES: Final = 1 << 15
-#: The window in bytes: at first, at least, at most.
-WINDOW_BYTES: Final = 1 << 19
-MIN_WINDOW_BYTES: Final = 1 << 17
-MAX_WINDOW_BYTES: Final = 8 << 20
-#: An acknowledgement may come so much later than the quickest one did: beyond that the window shrinks.
-MAX_DELAY_S: Final = 0.04
 
 
 # Frames: what the ends say to each other
@@ -195,11 +189,7 @@ class LinkState:
         self._kept: deque[tuple[int, Any, int, float]] = deque()
         self._kept_bytes = 0
         self._last_seq = 0
-        self._window = WINDOW_BYTES
-        #: The quickest acknowledgement of this epoch; None: none yet.
-        self._quickest_s: float | None = None
-        #: When the window was last changed.
-        self._resized_at = now
+        self._window = Window(now)
         #: Number of the last packet that was received and delivered.
         self._received = 0
         self._received_at = now
@@ -271,7 +261,7 @@ class LinkState:
         assert self._kept_bytes <= self._resend_bytes or self.state == LOST
         assert self._acked <= self._received
         assert (self._lease_due is None) == (self.state in (UP, LOST)), self.state
-        assert self.proven_at <= self._now and MIN_WINDOW_BYTES <= self._window <= MAX_WINDOW_BYTES
+        assert self.proven_at <= self._now
         assert self._ack_due is None or (self.state == UP and self._acked < self._received)
         assert self.state != UP or (self._peer and self._epoch)
         assert self.state != LOST or not self._kept
@@ -284,7 +274,7 @@ class LinkState:
     @property
     def room(self) -> int:
         """How many bytes should be sent now at most; what is small may always be."""
-        return self._window - self._kept_bytes
+        return self._window.size_bytes - self._kept_bytes
 
     def _silent_due(self) -> float | None:
         if self._beat_s is None or self.state not in (GREETING, UP):
@@ -340,7 +330,7 @@ class LinkState:
             self._lease_due = self.heard_at + self.lease_s
         self._ack_due = None
         self._connected_at = self._now
-        self._quickest_s = None
+        self._window.renew()
         if self._connects:
             self._epoch += 1
             self._out.append(Transmit(self._greeting()))
@@ -425,19 +415,8 @@ class LinkState:
         sent_at = next((at for seq, _, _, at in kept if seq == frame.received), None) if kept else None
         self._forget_up_to(frame.received)
         if sent_at is not None:
-            self._resize(max(0.0, self._now - sent_at - max(0.0, frame.held_s)))
-
-    def _resize(self, delay_s: float) -> None:
-        """Make the window fit the time that an acknowledgement took."""
-        quickest_s = self._quickest_s = delay_s if self._quickest_s is None else min(self._quickest_s, delay_s)
-        if self._resized_at + quickest_s > self._now:
-            return  # it has had no effect yet
-        if delay_s > quickest_s + MAX_DELAY_S:
-            self._window = max(MIN_WINDOW_BYTES, self._window // 2)
-            self._resized_at = self._now
-        elif delay_s < quickest_s + MAX_DELAY_S / 2 and 2 * self._kept_bytes > self._window // 2:
-            self._window = min(MAX_WINDOW_BYTES, self._window * 3 // 2)
-            self._resized_at = self._now
+            delay_s = max(0.0, self._now - sent_at - max(0.0, frame.held_s))
+            self._window.acknowledged(delay_s, self._kept_bytes, self._now)
 
     def _lease_over(self, link: LinkState) -> None:
         self._lose(f"it could not be reached for {self.lease_s:g} s")

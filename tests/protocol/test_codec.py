@@ -34,6 +34,8 @@ KINDS = {
         "ToClientMessage",
         "AgentMessage",
         "ToAgentMessage",
+        "ObserverMessage",
+        "ToObserverMessage",
         "ToForkerMessage",
         "ForkerMessage",
     )

@@ -199,7 +199,7 @@ class Hostile:
             lambda: AgentCapacity(*self.numbers(2)),
             lambda: WorkersBroken(self.number() if rng.random() < 0.5 else self.last_peer, "no"),
             lambda: ClientLimited(*self.numbers(2)),
-            lambda: InheritanceLost("lost"),
+            lambda: InheritanceLost(self.number(), "lost"),
             lambda: rng.choice([Blocked([1]), Unblocked([1]), Output(1, 1, b""), Bye()]),
         ]
         return rng.choice(messages)()

@@ -293,7 +293,7 @@ class TwoEnds(RuleBasedStateMachine):
         # Given one good transport, everything arrives.
         self.wires = [deque(), deque()]
         for link in self.ends:
-            link._lease_s = 1e9
+            link.lease_s = 1e9
         for end in (0, 1):
             self.feed(end, Connected())
         while self.wires[0] or self.wires[1]:

@@ -491,7 +491,7 @@ class Run(Cluster):
         """The owner's end is gone; the scheduler's goes when its lease is over."""
         link = self.links[peer][0]
         if link.state != "LOST":
-            self.at(link._lease_s, "call", self.to_scheduler, schedulers.PeerLost(peer, "lease", stopped=False))
+            self.at(link.lease_s, "call", self.to_scheduler, schedulers.PeerLost(peer, "lease", stopped=False))
         del self.links[peer]
 
     def rejoin(self, agent: SimAgent) -> None:
