@@ -50,7 +50,7 @@ class Dispatch:
         waiting = [client for client in clients.values() if client.queued]
         # Who has the fewest workers first, and so what is free goes to whom it is owed.
         starved = [client for client in sorted(waiting, key=sharing.rank) if self._give_all(client)]
-        sharing.share([client for client in starved if self._inheritance.may_start(client.client_id)])
+        sharing.share([client for client in starved if self._hiring.may_start(client)])
 
     def _give_all(self, client: Client) -> bool:
         """Give a client's calls to its workers. Return whether some are left."""

@@ -62,9 +62,13 @@ class Hiring:
     # Coming
 
     def may_order(self, client: Client) -> bool:
-        """Tell whether a worker for this client is to be ordered now, if there is work. May ask the client for what it
-        would lack; looked at again with every event."""
-        return self.hire_at is None and self.serves(client) and self._inheritance.may_start(client.client_id)
+        """Tell whether a worker for this client is to be ordered now, if there is work."""
+        return self.hire_at is None and self.may_start(client)
+
+    def may_start(self, client: Client) -> bool:
+        """Tell whether a worker of this client could make its calls. May ask the client for what it would lack; looked
+        at again with every event."""
+        return self.serves(client) and self._inheritance.may_start(client.client_id)
 
     def hire(self, client: Client) -> None:
         """Order workers for calls that no worker can take now, of the only client that there is."""

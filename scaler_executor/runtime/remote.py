@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
@@ -61,8 +60,6 @@ class RemoteCluster:
         self._initializer = initializer
         self._initargs = initargs
         self.cancel_grace_s: float | None = cancel_grace_s
-        self._lock = threading.RLock()
-        self._is_over = False
         #: See `cluster.EmbeddedCluster`.
         self.has_owner = False
         self.death_fd = -1
@@ -153,8 +150,7 @@ class RemoteCluster:
 
     def join(self) -> str:
         """Wait until the relay is gone, reap it and close the descriptors. Return how it ended, in words."""
-        with self._lock:
-            self._is_over = True
+        self.socket.close()  # a relay that nobody has said Bye to ends by this
         poller = select.poll()
         poller.register(self.death_fd, select.POLLIN)
         poller.poll()
