@@ -113,11 +113,15 @@ class Disconnected(msgspec.Struct):
     """The transport is gone."""
 
 
+class Leaving(msgspec.Struct):
+    """This end is about to go: say what was received, for nobody will be there to say it later."""
+
+
 class Tick(msgspec.Struct):
     """Time has passed, see `next_deadline`."""
 
 
-Event: TypeAlias = Outgoing | Connected | Arrived | Disconnected | Tick
+Event: TypeAlias = Outgoing | Connected | Arrived | Disconnected | Leaving | Tick
 
 
 # Instructions
@@ -229,6 +233,8 @@ class LinkState:
                 self._step("CONNECTED")
             elif isinstance(event, Disconnected):
                 self._step("DISCONNECTED")
+            elif isinstance(event, Leaving):
+                self._ack_due = now if self.state == UP else None
             elif isinstance(event, Tick):
                 pass
             else:

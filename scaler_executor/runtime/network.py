@@ -251,6 +251,7 @@ class Listener:
         """End a session on our side. What has been sent may or may not arrive."""
         if peer.lost is None:
             peer.flush()
+            peer.handle(link.Leaving())
             peer.lost = "closed"
         self._forget(peer)
 

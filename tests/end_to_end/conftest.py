@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from served import Served
 from support import Scene
 
 from scaler_executor import ScalerExecutor
@@ -34,6 +35,14 @@ def scene(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     scene.close()
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A served cluster with two workers, for all tests of a module: whoever uses it with `make` asks for it by an
+    autouse fixture, so that it is there before the first test looks what is there."""
+    with Served(tmp_path_factory.mktemp("served")) as served:
+        yield served
+
+
 @pytest.fixture(params=["fork", "spawn"])
 def start_method(request: pytest.FixtureRequest) -> str:
     """How workers come into being."""
@@ -41,12 +50,17 @@ def start_method(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make(scene: Scene, start_method: str) -> Iterator[Callable[..., ScalerExecutor]]:
-    """Makes executors with the start method, and shuts them down at the end of the test; what still runs is stopped."""
+def make(scene: Scene, start_method: str, request: pytest.FixtureRequest) -> Iterator[Callable[..., ScalerExecutor]]:
+    """Makes executors with the start method, or of a served cluster if it is "served", and shuts them down at the end
+    of the test; what still runs is stopped."""
     made: list[ScalerExecutor] = []
 
     def make(max_workers: int | None = 2, **options: object) -> ScalerExecutor:
-        context = multiprocessing.get_context(start_method)
+        if start_method == "served":
+            options = {"address": request.getfixturevalue("served").connection, **options}
+            context = None
+        else:
+            context = multiprocessing.get_context(start_method)
         made.append(ScalerExecutor(max_workers, context, **options))  # type: ignore[arg-type]
         return made[-1]
 

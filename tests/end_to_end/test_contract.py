@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import workload
+from served import Served
 from support import DEADLINE_S, Cluster, Fifo, Scene, wait_gone, wait_until
 
 from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture, SchedulerLostError
@@ -19,10 +20,22 @@ from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture, Schedul
 Make = Callable[..., ScalerExecutor]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cluster(served: Served) -> Served:
+    """What half of the executors here use."""
+    return served
+
+
+@pytest.fixture(params=["embedded", "served"])
+def start_method(request: pytest.FixtureRequest) -> str:
+    """Nothing here depends on the start method, nor on where the workers are."""
+    return "fork" if request.param == "embedded" else "served"
+
+
 @pytest.fixture
-def start_method() -> str:
-    """Nothing here depends on the start method."""
-    return "fork"
+def scheduler(start_method: str, served: Served) -> Callable[[], int]:
+    """Finds the process that has the scheduler."""
+    return lambda: served.scheduler.pid if start_method == "served" else Cluster().serve
 
 
 @pytest.fixture
@@ -163,10 +176,10 @@ def test_outstanding_in_another_thread(scene: Scene, make: Make) -> None:
     assert_cancelled(future, CancelOutcome.FINISHED_FIRST)
 
 
-def test_soft_is_raised_to_forced(scene: Scene, executor: ScalerExecutor) -> None:
+def test_soft_is_raised_to_forced(scene: Scene, executor: ScalerExecutor, scheduler: Callable[[], int]) -> None:
     """A soft request that a stopped scheduler has not answered becomes a forced one: that one's answer counts."""
     future = start(executor, scene, workload.sleep)
-    serve = Cluster().serve
+    serve = scheduler()
     os.kill(serve, signal.SIGSTOP)
     future.cancel(0, force=False)
     future.cancel(0)
@@ -187,10 +200,10 @@ def test_result_after_the_request(scene: Scene, executor: ScalerExecutor) -> Non
     assert journal.read() == []
 
 
-def test_error_after_the_request(scene: Scene, executor: ScalerExecutor) -> None:
+def test_error_after_the_request(scene: Scene, executor: ScalerExecutor, scheduler: Callable[[], int]) -> None:
     """So is an error of a call that ended before the request reached it."""
     future = start(executor, scene, workload.tell)
-    serve = Cluster().serve
+    serve = scheduler()
     os.kill(serve, signal.SIGSTOP)
     crossing = executor.submit(workload.raise_value, "crossing")
     crossing.cancel(0)
@@ -223,6 +236,7 @@ def test_death_meanwhile(scene: Scene, executor: ScalerExecutor) -> None:
     assert_cancelled(future, CancelOutcome.CANCELED)
 
 
+@pytest.mark.parametrize("start_method", ["fork"])  # of a served one: see test_served
 def test_scheduler_lost_meanwhile(scene: Scene, executor: ScalerExecutor, callback: Callback) -> None:
     """A request that a lost scheduler cannot answer ends the future as cancelled, unconfirmed."""
     future = start(executor, scene, workload.sleep)
@@ -241,12 +255,14 @@ def test_scheduler_lost_meanwhile(scene: Scene, executor: ScalerExecutor, callba
     wait_gone(*pids)
 
 
-def test_no_answer_within_the_timeout(scene: Scene, make: Make, callback: Callback) -> None:
+def test_no_answer_within_the_timeout(
+    scene: Scene, make: Make, callback: Callback, scheduler: Callable[[], int]
+) -> None:
     """After the timeout cancel() returns True; the answer settles the future later."""
     executor = make(2, cancel_timeout=0.02)
     future = start(executor, scene, workload.sleep)
     future.add_done_callback(callback)
-    serve = Cluster().serve
+    serve = scheduler()
     os.kill(serve, signal.SIGSTOP)
     assert future.cancel() is True
     assert future.cancel(0.01) is True

@@ -562,3 +562,31 @@ def get_type(value: object) -> type:
 
 def fail_with(value: object) -> NoReturn:
     raise ValueError("with an argument")
+
+
+# Of served clusters
+
+
+def await_gate(gate: Fifo, value: Any) -> Any:
+    """Wait until the test lets it through."""
+    gate.await_opening()
+    return value
+
+
+def sleep_for(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def get_pid_for(item: object) -> int:
+    return os.getpid()
+
+
+def note_pid(journal: Journal, word: str) -> None:
+    journal.write(word, os.getpid())
+
+
+def note_twice(journal: Journal) -> None:
+    """Note beginning and end: two that run at once mix them."""
+    journal.write("begin")
+    time.sleep(0.001)
+    journal.write("end")
