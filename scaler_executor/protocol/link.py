@@ -114,14 +114,20 @@ class Disconnected(msgspec.Struct):
 
 
 class Leaving(msgspec.Struct):
-    """This end is about to go: say what was received, for nobody will be there to say it later."""
+    """This end is about to go: say at once what was received."""
+
+
+class Hold(msgspec.Struct):
+    """Acknowledge nothing more for now, or again: thus the other end, when its window is full, sends no more."""
+
+    is_held: bool
 
 
 class Tick(msgspec.Struct):
     """Time has passed, see `next_deadline`."""
 
 
-Event: TypeAlias = Outgoing | Connected | Arrived | Disconnected | Leaving | Tick
+Event: TypeAlias = Outgoing | Connected | Arrived | Disconnected | Leaving | Hold | Tick
 
 
 # Instructions
@@ -200,6 +206,8 @@ class LinkState:
         #: What of that the other end has been told in this epoch, and how many bytes came since.
         self._acked = 0
         self._unacked_bytes = 0
+        #: See `Hold`.
+        self._is_held = False
         #: When the other end was last heard, and when something was last said to it.
         self.heard_at = now
         self._said_at = now
@@ -234,7 +242,11 @@ class LinkState:
             elif isinstance(event, Disconnected):
                 self._step("DISCONNECTED")
             elif isinstance(event, Leaving):
+                self._is_held = False
                 self._ack_due = now if self.state == UP else None
+            elif isinstance(event, Hold):
+                self._is_held = event.is_held
+                self._ack_due = now if self.state == UP and self._acked < self._received else None
             elif isinstance(event, Tick):
                 pass
             else:
@@ -409,7 +421,7 @@ class LinkState:
         else:
             self._out.append(Deliver([frame.packet]))
         self._unacked_bytes += frame.packet_bytes
-        if self._ack_due is None:
+        if self._ack_due is None and not self._is_held:
             self._ack_due = self._now + ACK_AFTER_S
 
     def _acknowledged(self, link: LinkState, frame: Ack) -> None:
@@ -433,9 +445,15 @@ class LinkState:
         return Greeting(self._epoch, self._nonce, self._peer, self._received)
 
     def _data(self, seq: int, packet: Any, packet_bytes: int) -> Data:
-        self._acked, self._unacked_bytes, self._ack_due = self._received, 0, None
         self._said_at = self._now
-        return Data(self._epoch, seq, self._received, packet, packet_bytes)
+        return Data(self._epoch, seq, self._take_acked(), packet, packet_bytes)
+
+    def _take_acked(self) -> int:
+        """Return up to where the other end is told, now, that packets have been received."""
+        if not self._is_held:
+            self._acked, self._unacked_bytes = self._received, 0
+        self._ack_due = None
+        return self._acked
 
     def _forget_up_to(self, received: int) -> None:
         """Let go of what the other end has."""
@@ -447,20 +465,13 @@ class LinkState:
 
     def _acknowledge(self) -> None:
         """Say what was received, or that this end is there, if it is time."""
-        beat_due = self._beat_due()
-        if (
-            (self._ack_due is not None and self._ack_due <= self._now)
-            or (beat_due is not None and beat_due <= self._now)
-            or (
-                self._ack_due is not None
-                and (self._received - self._acked >= ACK_AFTER_PACKETS or self._unacked_bytes >= ACK_AFTER_BYTES)
-            )
-        ):
-            self._acked, self._unacked_bytes, self._ack_due = self._received, 0, None
+        beat_due, much = self._beat_due(), self._received - self._acked >= ACK_AFTER_PACKETS
+        much = (much or self._unacked_bytes >= ACK_AFTER_BYTES) and self._ack_due is not None
+        if much or any(due is not None and due <= self._now for due in (self._ack_due, beat_due)):
             self._said_at = self._now
-            self._out.append(
-                Transmit(Ack(self._epoch, self._received, self._now, self._peer_clock, self._now - self._received_at))
-            )
+            received = self._take_acked()
+            held_s = self._now - self._received_at
+            self._out.append(Transmit(Ack(self._epoch, received, self._now, self._peer_clock, held_s)))
 
     def _lose(self, reason: str) -> None:
         self._become(LOST, "lost", reason)

@@ -48,7 +48,18 @@ from scaler_executor.protocol.messages import (
     WorkersBroken,
 )
 from scaler_executor.protocol.scheduler_assignment import Assignment
-from scaler_executor.protocol.scheduler_events import Drain, Drop, Event, Instruction, PeerLost, Received, Send, Tick
+from scaler_executor.protocol.scheduler_events import (
+    Congested,
+    Drain,
+    Drop,
+    Event,
+    Hold,
+    Instruction,
+    PeerLost,
+    Received,
+    Send,
+    Tick,
+)
 from scaler_executor.protocol.scheduler_limits import Limits
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import (
@@ -62,7 +73,16 @@ from scaler_executor.protocol.scheduler_rows import (
     Seat,
     Task,
 )
-from scaler_executor.protocol.scheduler_tasks import CANCELED, EVENTS, FAILED, NOT_FOUND, STATES, TABLE, SchedulerTasks
+from scaler_executor.protocol.scheduler_tasks import (
+    CANCELED,
+    EVENTS,
+    FAILED,
+    NOT_FOUND,
+    STATES,
+    TABLE,
+    TASK_BYTES,
+    SchedulerTasks,
+)
 
 #: An agent that is cut off stops its calls before this time is over (see `agent.FENCE_S`), so that nothing runs twice.
 FENCE_S: Final = 10.0
@@ -85,10 +105,14 @@ class SchedulerState:
     Args:
         python: "3.11", say: peers that run another one are refused, for they could not read each other's pickles; "":
             it does not matter.
+        max_client_bytes: A client whose unfinished tasks take more than this is read no further; None: no limit.
     """
 
-    def __init__(self, python: str = "") -> None:
+    def __init__(self, python: str = "", max_client_bytes: int | None = None) -> None:
         self._python = python
+        self._max_client_bytes = max_client_bytes
+        #: Clients that have too much here.
+        self._held: list[Client] = []
         self._output = SchedulerOutput()
         self._assignment = Assignment(self._output)
         self._limits = Limits(self._assignment.agents, self._output)
@@ -120,6 +144,10 @@ class SchedulerState:
             self._peer_lost(event.peer, event.reason, event.stopped, event.unheard_s)
         elif isinstance(event, Drain):
             self._drain(event.reason)
+        elif isinstance(event, Congested):
+            client = self._peers.get(event.peer)
+            if isinstance(client, Client):
+                client.is_congested = event.is_congested
         elif isinstance(event, Tick):
             pass
         else:
@@ -133,6 +161,8 @@ class SchedulerState:
             self._limits.divide()
         if self._closing is not None:
             self._give_back(self._closing)
+        if self._held:
+            self._release()
         self._assignment.pump()
         if len(self._assignment.agents) > 1:
             for task in self._assignment.to_recall(self._tasks.by_id):
@@ -271,6 +301,14 @@ class SchedulerState:
                 if task.state == QUEUED:
                     self._tasks.fail(task, ResultKind.LOST, reason)
 
+    def _release(self) -> None:
+        """Go on reading the clients that have not so much here any more."""
+        assert self._max_client_bytes is not None
+        for client in list(self._held):
+            if client.gone or client.held_bytes <= self._max_client_bytes // 2:
+                self._held.remove(client)
+                self._output.instructions.append(Hold(client.peer, False))
+
     def _client_lost(self, client: Client) -> None:
         client.gone = True
         self._tasks.leaving[client] = None
@@ -322,6 +360,7 @@ class SchedulerState:
             functions[function.function_id] = ReceivedFunction(function, functions.get)
         if len(functions) > MAX_CLIENT_FUNCTIONS:
             raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
+        held_bytes = client.held_bytes
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
@@ -338,7 +377,12 @@ class SchedulerState:
             task = tasks[base + no] = Task(base + no, client, no, 0, items, 0, used, payload)
             if items > 1:
                 client.runs[no] = {task.task_id: task}
+            held_bytes += len(payload) + TASK_BYTES  # type: ignore[arg-type]
             append(task)
+        client.held_bytes = held_bytes
+        if self._max_client_bytes is not None and held_bytes > self._max_client_bytes and client not in self._held:
+            self._held.append(client)
+            self._output.instructions.append(Hold(client.peer, True))
         self._assignment.line_up(client)
         for function_id in message.forget:
             if not function_id or functions.pop(function_id, None) is None:
@@ -521,9 +565,11 @@ __all__ = [
     "FENCE_S",
     "STATES",
     "TABLE",
+    "Congested",
     "Drain",
     "Drop",
     "Event",
+    "Hold",
     "Instruction",
     "PeerLost",
     "Received",

@@ -76,6 +76,8 @@ class Assignment:
         seat = agent.seats.get(client)
         if seat is None or len(agent.seats) > 1 or len(ready) > 1 or agent.broken_for or client.max_running is not None:
             return False
+        if client.is_congested:
+            return True
         room = agent.capacity - seat.held
         if room > 0:
             self._assign(seat, room)
@@ -120,7 +122,7 @@ class Assignment:
         """Return how many tasks more of a client an agent is to hold."""
         agent, client = seat.agent, seat.client
         capacity = agent.capacity
-        if capacity <= 0 or (agent.broken_for and client.client_id in agent.broken_for):
+        if capacity <= 0 or client.is_congested or (agent.broken_for and client.client_id in agent.broken_for):
             return 0
         room = capacity - agent.held
         others = agent.clients_here - (seat.held > 0)

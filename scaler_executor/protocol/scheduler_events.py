@@ -38,11 +38,18 @@ class Drain(msgspec.Struct):
     reason: str
 
 
+class Congested(msgspec.Struct):
+    """Much, or not so much any more, waits to be sent to a client: it is given nothing more to run for the time."""
+
+    peer: int
+    is_congested: bool
+
+
 class Tick(msgspec.Struct):
     """Time has passed, see `next_deadline`."""
 
 
-Event: TypeAlias = Received | PeerLost | Drain | Tick
+Event: TypeAlias = Received | PeerLost | Drain | Congested | Tick
 
 
 # Instructions
@@ -63,4 +70,11 @@ class Drop(msgspec.Struct):
     error: bool = False
 
 
-Instruction: TypeAlias = Send | Drop
+class Hold(msgspec.Struct):
+    """Read no more of a client than what is on its way, or go on: it has as much here as it may have."""
+
+    peer: int
+    is_held: bool
+
+
+Instruction: TypeAlias = Send | Drop | Hold

@@ -119,6 +119,10 @@ class Client:
         self.last_no = 0
         #: Set when it is lost: its tasks are being stopped and nobody is answered.
         self.gone = False
+        #: What its tasks take here, roughly: of a run that was split, up to the end of its head.
+        self.held_bytes = 0
+        #: Much waits to be sent to it.
+        self.is_congested = False
         #: Number of its tasks that are not over; kept from the time when it is gone.
         self.tasks_left = 0
         #: Why no worker can be started for it, or None.

@@ -36,6 +36,8 @@ from scaler_executor.protocol.scheduler_rows import (
     Task,
 )
 
+#: What a task takes besides its payload, roughly.
+TASK_BYTES: Final = 500
 CANCELED: Final = TaskCancelConfirmType.CANCELED
 NOT_FOUND: Final = TaskCancelConfirmType.CANCEL_NOT_FOUND
 FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
@@ -243,6 +245,8 @@ class SchedulerTasks:
             seat.held -= 1
             task.seat = None
         task.state = GONE
+        if task.task_id == client.base + task.no:
+            client.held_bytes -= len(task.payload) + TASK_BYTES
         task.payload = b""
         if client.runs:
             pieces = client.runs.get(task.no)

@@ -53,6 +53,10 @@ CLIENT_LEASE_S: Final = 60.0
 REREAD_S: Final = 0.5
 #: How long the last words may take to arrive.
 LAST_WORDS_S: Final = 2.0
+#: A client's unfinished tasks may take so much here; what it submits beyond that waits on its own machine.
+CLIENT_BYTES: Final = 1 << 30
+#: A client to which more than this waits to be sent is given nothing more to run.
+CONGESTED_BYTES: Final = 64 << 20
 #: The agent stops reading results when so much waits to be sent.
 UPSTREAM_BYTES: Final = 256 << 20
 
@@ -138,11 +142,13 @@ class SchedulerHost:
         self._workers = workers
         self._grace_s = grace_s
         self._say = say
-        self._scheduler = scheduler_protocol.SchedulerState(python_version())
+        self._scheduler = scheduler_protocol.SchedulerState(python_version(), CLIENT_BYTES)
         self._decode: Callable[[Any, list[Any]], Any] = Decoder[Any](FromPeerMessage).decode
         self._to_agent: deque[Message] = deque()
         self._to_scheduler: deque[Message] = deque()
         self._peers: dict[int, Peer] = {}
+        #: {peer: whether the scheduler has been told}: to whom too much waits to be sent.
+        self._congested: dict[int, bool] = {}
         self.listener = Listener(
             self.loop, address, keys, directory.find_user, self._on_message, self._on_lost, CLIENT_LEASE_S
         )
@@ -214,8 +220,22 @@ class SchedulerHost:
         while more:
             more = self.listener.drain()
             more = self._exchange() or more
+            if self._congested:
+                self._tell_congestion()
         if self._is_ending and (self._is_stopped or not self._scheduler.outstanding):
             self._leave()
+
+    def _tell_congestion(self) -> None:
+        """Tell the scheduler for which clients too much waits, and for which no more."""
+        for number, is_told in list(self._congested.items()):
+            peer = self._peers.get(number)
+            if peer is None or peer.pending_bytes < CONGESTED_BYTES // 2:
+                del self._congested[number]
+                if is_told:
+                    self._feed(scheduler_protocol.Congested(number, False))
+            elif not is_told:
+                self._congested[number] = True
+                self._feed(scheduler_protocol.Congested(number, True))
 
     def _exchange(self) -> bool:
         """Pass messages between scheduler and local agent. Return whether there were any."""
@@ -301,6 +321,12 @@ class SchedulerHost:
                     peer = self._peers.get(instruction.peer)
                     if peer is not None:
                         self.listener.send(peer, instruction.message)
+                        if peer.pending_bytes > CONGESTED_BYTES:
+                            self._congested.setdefault(peer.number, False)
+            elif isinstance(instruction, scheduler_protocol.Hold):
+                peer = self._peers.get(instruction.peer)
+                if peer is not None:
+                    self.listener.hold(peer, instruction.is_held)
             elif instruction.peer == LOCAL_AGENT:
                 if instruction.error:
                     raise AssertionError(f"bug: scheduler and agent disagree: {instruction.reason}")

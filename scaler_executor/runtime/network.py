@@ -247,6 +247,11 @@ class Listener:
         peer.send(message)
         self._look_later(peer)
 
+    def hold(self, peer: Peer, is_held: bool) -> None:
+        """Have a peer send no more than it has sent, or go on."""
+        peer.handle(link.Hold(is_held))
+        self._look_later(peer)
+
     def close_peer(self, peer: Peer) -> None:
         """End a session on our side. What has been sent may or may not arrive."""
         if peer.lost is None:

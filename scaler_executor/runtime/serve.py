@@ -112,6 +112,8 @@ class Server:
                     self._to_agent.append(instruction.message)
                 else:
                     self._send_client(instruction.message)
+            elif isinstance(instruction, scheduler_protocol.Hold):
+                raise AssertionError("the only client has no limit")
             elif instruction.peer == CLIENT:
                 if instruction.error:
                     log.error("serve", "the client is dropped: %s", instruction.reason)
