@@ -11,12 +11,40 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from scaler_executor.protocol.codec import RemoteProtocolError
-from scaler_executor.protocol.messages import Function
+from scaler_executor.protocol.messages import CallStyle, Function
 
 #: So many functions are remembered at a receiver; a message that needs more may exceed it until the next one.
 MAX_FUNCTIONS: Final = 512
 
+#: The highest id.
+MAX_FUNCTION_ID: Final = (1 << 40) - 1
+#: A client has no more functions than this at a time; its own side remembers `functions.MAX_FUNCTIONS`.
+MAX_CLIENT_FUNCTIONS: Final = 100_000
+#: Names of peers and functions are cut to so many characters.
+MAX_NAME: Final = 1000
+
 K = TypeVar("K")
+
+
+def check_function(function: Function) -> None:
+    """Look at what a client says of a function before an agent relies on it.
+
+    Raises:
+        RemoteProtocolError: That cannot be.
+    """
+    options = function.options
+    grace_s = options.cancel_grace_s
+    if not (
+        0 < function.function_id <= MAX_FUNCTION_ID
+        and 0 <= function.style <= max(CallStyle)
+        and options.retries >= 0
+        and (grace_s is None or grace_s >= 0)  # which is false for what is not a number
+        and len(function.needs) <= MAX_CLIENT_FUNCTIONS
+        and 0 not in function.needs
+    ):
+        raise RemoteProtocolError(f"function {function.function_id} of style {function.style} with {options}")
+    if len(function.name) > MAX_NAME:
+        function.name = function.name[:MAX_NAME]
 
 
 class ReceivedFunction:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import bisect
 from typing import Any, Final
 
-from scaler_executor.protocol import scheduler_status
 from scaler_executor.protocol.codec import RemoteProtocolError
-from scaler_executor.protocol.functions import ReceivedFunction
+from scaler_executor.protocol.functions import MAX_CLIENT_FUNCTIONS, MAX_NAME, ReceivedFunction, check_function
 from scaler_executor.protocol.machine import Transition, unreachable
 from scaler_executor.protocol.messages import (
-    BY_OPERATOR,
     CLIENT_ID_SHIFT,
     PROTOCOL_VERSION,
     AgentCapacity,
@@ -24,20 +22,15 @@ from scaler_executor.protocol.messages import (
     AgentMessage,
     AgentResult,
     Bye,
-    CallStyle,
     CancelKind,
     ClientLimited,
     ClientMessage,
-    Function,
     Hello,
     InheritanceLost,
     InheritanceReplaced,
-    OperatorAnswer,
-    OperatorCancel,
     RefusalKind,
     Refused,
     ResultKind,
-    StatusAsk,
     TaskCancel,
     TaskDied,
     TaskReturned,
@@ -73,6 +66,7 @@ from scaler_executor.protocol.scheduler_rows import (
     Seat,
     Task,
 )
+from scaler_executor.protocol.scheduler_status import InquiryDesk
 from scaler_executor.protocol.scheduler_tasks import (
     CANCELED,
     EVENTS,
@@ -93,10 +87,6 @@ MAX_NO: Final = (1 << CLIENT_ID_SHIFT) - 1
 MAX_CLIENT_ID: Final = (1 << 63 - CLIENT_ID_SHIFT) - 1
 #: A peer counts workers, tasks and the like up to here.
 MAX_COUNT: Final = 1 << 31
-#: A client has no more functions than this at a time; its own side remembers `functions.MAX_FUNCTIONS`.
-MAX_CLIENT_FUNCTIONS: Final = 100_000
-#: Names of peers and functions are cut to so many characters.
-MAX_NAME: Final = 1000
 
 
 class SchedulerState:
@@ -117,9 +107,9 @@ class SchedulerState:
         self._assignment = Assignment(self._output)
         self._limits = Limits(self._assignment.agents, self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
-        #: {peer: Client or Agent}, from Hello until the peer is lost or says Bye.
+        #: {peer: Client, Agent or Observer}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent | Observer] = {}
-        self._tally = scheduler_status.Tally()
+        self._desk = InquiryDesk(self._peers, self._tasks, self._output, python)
         #: When the tasks in FENCING of an agent are decided, earliest first.
         self._fences: list[tuple[float, list[Task], Agent]] = []
         self._last_client_id = 0
@@ -230,7 +220,11 @@ class SchedulerState:
         elif isinstance(peer, Client):
             self._from_client(peer, message)
         elif isinstance(peer, Observer):
-            self._from_observer(peer, message)
+            if isinstance(message, Bye):
+                self._output.instructions.append(Drop(peer_id, "bye"))
+                self._peer_lost(peer_id, "bye", stopped=True)
+            else:
+                self._desk.answer(peer, message)
         elif isinstance(message, Hello):
             self._hello(peer_id, message)
         else:
@@ -356,7 +350,7 @@ class SchedulerState:
     def _submit(self, client: Client, message: TaskSubmit) -> None:
         functions = client.functions
         for function in message.functions:
-            _check_function(function)
+            check_function(function)
             functions[function.function_id] = ReceivedFunction(function, functions.get)
         if len(functions) > MAX_CLIENT_FUNCTIONS:
             raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
@@ -406,33 +400,6 @@ class SchedulerState:
             client.confirms.append((no, cancel_no, NOT_FOUND, 0, 0, True))
             self._output.touched[client] = None
 
-    # From observers
-
-    def _from_observer(self, observer: Observer, message: Any) -> None:
-        if isinstance(message, StatusAsk):
-            status = scheduler_status.report(
-                [peer for peer in self._peers.values() if not isinstance(peer, Observer)],
-                self._tasks.by_id.values(),
-                self._tally,
-                self._output.now,
-                PROTOCOL_VERSION,
-                self._python,
-            )
-            self._output.instructions.append(Send(observer.peer, status))
-        elif isinstance(message, OperatorCancel):
-            stopped = []
-            for client_id, no in message.tasks:
-                task = self._tasks.by_id.get(client_id << CLIENT_ID_SHIFT | no)
-                if 0 < no < 1 << CLIENT_ID_SHIFT and task is not None and not task.client.gone:
-                    stopped.append((client_id, no))
-                    self._tasks.step(task, "CANCEL", BY_OPERATOR, CancelKind.FORCED)
-            self._output.instructions.append(Send(observer.peer, OperatorAnswer(stopped)))
-        elif isinstance(message, Bye):
-            self._output.instructions.append(Drop(observer.peer, "bye"))
-            self._peer_lost(observer.peer, "bye", stopped=True)
-        else:
-            raise RemoteProtocolError(f"{type(message).__name__} from an observer")
-
     # From agents
 
     def _agent_results(self, agent: Agent, message: AgentResult) -> None:
@@ -447,7 +414,7 @@ class SchedulerState:
             else:
                 items += count
                 table[task.state]["RESULT"](tasks, task, first, count, kind, payload)
-        self._tally.add(items, self._output.now)
+        self._desk.tally.add(items, self._output.now)
 
     def _from_agent(self, agent: Agent, message: Any) -> None:
         if isinstance(message, AgentConfirm):
@@ -541,23 +508,6 @@ class SchedulerState:
             for client in list(self._peers.values()):
                 if isinstance(client, Client):
                     self._break(client, "no agent is left that can start a worker")
-
-
-def _check_function(function: Function) -> None:
-    """Look at what a client says of a function before an agent relies on it."""
-    options = function.options
-    grace_s = options.cancel_grace_s
-    if not (
-        0 < function.function_id <= MAX_NO
-        and 0 <= function.style <= max(CallStyle)
-        and options.retries >= 0
-        and (grace_s is None or grace_s >= 0)  # which is false for what is not a number
-        and len(function.needs) <= MAX_CLIENT_FUNCTIONS
-        and 0 not in function.needs
-    ):
-        raise RemoteProtocolError(f"function {function.function_id} of style {function.style} with {options}")
-    if len(function.name) > MAX_NAME:
-        function.name = function.name[:MAX_NAME]
 
 
 __all__ = [

@@ -1,16 +1,32 @@
-"""What the scheduler tells those who only look: a snapshot, and what has been done lately.
+"""What the scheduler tells those who only look, and does for them: a snapshot, what has been done lately, a cancel.
 
-It reads the rows of `scheduler_rows` and changes nothing.
+It reads the rows of `scheduler_rows`, and changes them only through the table of `scheduler_tasks`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
-from scaler_executor.protocol.messages import AgentStatus, CallStatus, ClientStatus, StatusReport
-from scaler_executor.protocol.scheduler_rows import GONE, QUEUED, Agent, Client, Task
+from scaler_executor.protocol.codec import RemoteProtocolError
+from scaler_executor.protocol.messages import (
+    BY_OPERATOR,
+    CLIENT_ID_SHIFT,
+    PROTOCOL_VERSION,
+    AgentStatus,
+    CallStatus,
+    CancelKind,
+    ClientStatus,
+    OperatorAnswer,
+    OperatorCancel,
+    StatusAsk,
+    StatusReport,
+)
+from scaler_executor.protocol.scheduler_events import Send
+from scaler_executor.protocol.scheduler_output import SchedulerOutput
+from scaler_executor.protocol.scheduler_rows import GONE, QUEUED, Agent, Client, Observer, Task
+from scaler_executor.protocol.scheduler_tasks import SchedulerTasks
 
 #: The rate is a mean over about this.
 RATE_S: Final = 10.0
@@ -42,8 +58,57 @@ class Tally:
         return 0.0
 
 
+class InquiryDesk:
+    """Answers observers.
+
+    Args:
+        peers: All that are there.
+        tasks: Those that are not over.
+        output: Takes the answers.
+        python: The version that clients and agents run.
+    """
+
+    def __init__(
+        self,
+        peers: Mapping[int, Client | Agent | Observer],
+        tasks: SchedulerTasks,
+        output: SchedulerOutput,
+        python: str,
+    ) -> None:
+        self._peers = peers
+        self._tasks = tasks
+        self._output = output
+        self._python = python
+        self.tally = Tally()
+
+    def answer(self, observer: Observer, message: Any) -> None:
+        """Do what an observer asks for.
+
+        Raises:
+            RemoteProtocolError: That is nothing that an observer may say.
+        """
+        instructions = self._output.instructions
+        if isinstance(message, StatusAsk):
+            peers = [peer for peer in self._peers.values() if not isinstance(peer, Observer)]
+            status = report(peers, self._tasks.by_id.values(), self.tally, self._output.now, self._python)
+            instructions.append(Send(observer.peer, status))
+        elif isinstance(message, OperatorCancel):
+            stopped = [named for named in message.tasks if self._stop(*named)]
+            instructions.append(Send(observer.peer, OperatorAnswer(stopped)))
+        else:
+            raise RemoteProtocolError(f"{type(message).__name__} from an observer")
+
+    def _stop(self, client_id: int, no: int) -> bool:
+        """Cancel a task by force. Return whether there is one."""
+        task = self._tasks.by_id.get(client_id << CLIENT_ID_SHIFT | no) if client_id > 0 else None
+        if task is None or task.client.gone or not 0 < no < 1 << CLIENT_ID_SHIFT:
+            return False
+        self._tasks.step(task, "CANCEL", BY_OPERATOR, CancelKind.FORCED)
+        return True
+
+
 def report(
-    peers: Iterable[Client | Agent], tasks: Iterable[Task], tally: Tally, now: float, version: int, python: str
+    peers: Iterable[Client | Agent], tasks: Iterable[Task], tally: Tally, now: float, python: str
 ) -> StatusReport:
     """Return the snapshot.
 
@@ -52,7 +117,6 @@ def report(
         tasks: All that are not over.
         tally: Of what is over.
         now: The time.
-        version: Of the protocol.
         python: The version that all run.
     """
     agents = []
@@ -87,5 +151,13 @@ def report(
         for task in running[:MAX_CALLS]
     ]
     return StatusReport(
-        agents, list(clients.values()), calls, len(running), queued, tally.items, tally.rate(now), version, python
+        agents,
+        list(clients.values()),
+        calls,
+        len(running),
+        queued,
+        tally.items,
+        tally.rate(now),
+        PROTOCOL_VERSION,
+        python,
     )
