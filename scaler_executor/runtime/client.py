@@ -107,6 +107,8 @@ class Cluster(Protocol):
     main: MainDefinitions
     #: For each function, where it is not the cluster's own.
     cancel_grace_s: float | None
+    #: Callers wait while more than this could not be sent; None: they never do.
+    max_unsent_bytes: int | None
     #: Whether a client's thread waits for its end.
     has_owner: bool
 
@@ -221,6 +223,11 @@ class ClientFutureManager:
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])
         self._outgoing: deque[Message] = deque([self._hello])
+        #: Where they are limited: bytes of payload in `_outgoing`, whether callers wait, and for what. Changed by the
+        #: I/O thread.
+        self._outgoing_bytes = 0
+        self._is_full = False
+        self._has_room = threading.Event()
         #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outgoing` or `_writer`.
         self._is_direct_possible = False
         self._is_welcome = False
@@ -313,6 +320,8 @@ class ClientFutureManager:
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
+        if self._is_full:
+            self._await_room()
         known = self._functions.find_call(function)
         if known is not None:
             payload = self._dumps_small((args, kwargs))
@@ -364,6 +373,8 @@ class ClientFutureManager:
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
+        if self._is_full:
+            self._await_room()
         with self._lock:
             if needs.generation != self._main.generation:
                 return None
@@ -375,6 +386,11 @@ class ClientFutureManager:
         if self._asleep:
             self._wake()
         return function_id
+
+    def _await_room(self) -> None:
+        """Wait until some of what was submitted has been sent, or there is no more to be sent."""
+        if self.may_wait():
+            self._has_room.wait()
 
     def prepare(self, function: Any) -> PreparedFunction:
         """Make a function ready for `submit_run`, the first of which `start` must precede; raises what does not
@@ -615,6 +631,8 @@ class ClientFutureManager:
             raise
         finally:
             self._is_over.set()
+            self._is_full = False
+            self._has_room.set()
             if self._end_reason is None:
                 self._end_reason = self._cluster.join()
             self._callbacks.put(None)
@@ -638,6 +656,8 @@ class ClientFutureManager:
                 self._take_up()
                 self._flush()
                 has_unsent = bool(self._outgoing or self._writer.pending_bytes)
+                if self._cluster.max_unsent_bytes is not None:
+                    self._note_room(self._cluster.max_unsent_bytes)
                 self._is_direct_possible = self._is_welcome and not has_unsent
                 if self._is_closed and not has_unsent:
                     return
@@ -657,6 +677,16 @@ class ClientFutureManager:
                 if socket_fd in events or self._cluster.death_fd in events:
                     self._take_up_direct()
                     self._receive(is_dead=self._cluster.death_fd in events)
+
+    def _note_room(self, max_bytes: int) -> None:
+        """Have callers wait while much could not be sent."""
+        unsent_bytes = self._outgoing_bytes + self._writer.pending_bytes
+        if not self._is_full and unsent_bytes > max_bytes and self._refusal is None:
+            self._has_room.clear()
+            self._is_full = True
+        elif self._is_full and (unsent_bytes < max_bytes // 2 or self._refusal is not None):
+            self._is_full = False
+            self._has_room.set()
 
     def _take_up(self) -> None:
         """Feed what callers asked for into the state."""
@@ -752,6 +782,7 @@ class ClientFutureManager:
 
     def _drop_unsent(self) -> None:
         self._outgoing.clear()
+        self._outgoing_bytes = 0
         self._writer = StreamWriter(self._cluster.socket)
 
     def _handle(self, event: Event) -> None:
@@ -849,6 +880,7 @@ class ClientFutureManager:
             self._live_functions.clear()
         self._on_lost(lost, reason)
         self._outgoing.clear()
+        self._outgoing_bytes = 0
         self._outgoing.append(self._hello)
         self._is_welcome = False
 
@@ -896,6 +928,8 @@ class ClientFutureManager:
     # Sending
 
     def _queue(self, message: Message) -> None:
+        if self._cluster.max_unsent_bytes is not None:
+            self._outgoing_bytes += _payload_bytes(message)
         if isinstance(message, TaskSubmit) and len(message.tasks) > TASKS_PER_MESSAGE:
             tasks = message.tasks
             steps = range(0, len(tasks), TASKS_PER_MESSAGE)
@@ -913,7 +947,10 @@ class ClientFutureManager:
             for _ in range(MESSAGES_PER_TURN):
                 if (self._writer.pending_bytes and not self._writer.flush()) or not self._outgoing:
                     return
-                self._writer.send(self._encoder.pack(self._outgoing.popleft()))
+                message = self._outgoing.popleft()
+                if self._cluster.max_unsent_bytes is not None:
+                    self._outgoing_bytes -= _payload_bytes(message)
+                self._writer.send(self._encoder.pack(message))
         except ConnectionError:
             self._drop_unsent()  # its last words are still to be read, and then it is lost
 
@@ -922,6 +959,11 @@ class ClientFutureManager:
             self._writer.send([memoryview(packet)[sent_bytes:]])
         except ConnectionError:
             pass  # as above
+
+
+def _payload_bytes(message: Message) -> int:
+    """Return what the payloads of a message's tasks take."""
+    return sum([len(row[-1]) for row in message.tasks]) if isinstance(message, TaskSubmit) else 0  # type: ignore[arg-type,misc]
 
 
 def _failed_future(error: Exception) -> ScalerFuture[Any]:

@@ -115,6 +115,7 @@ class EmbeddedCluster:
         self._initargs = initargs
         #: Serve knows it for all.
         self.cancel_grace_s: float | None = None
+        self.max_unsent_bytes: int | None = None
         self._forker_pid: int | None = None
         #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
         self._lock = threading.RLock()

@@ -25,6 +25,8 @@ from scaler_executor.runtime import platform
 from scaler_executor.runtime.cluster import fill_standard_descriptors, reap, start_process
 from scaler_executor.runtime.security import Connection
 
+#: So much waits in the user's process before `submit` does; the relay and the scheduler take more.
+MAX_UNSENT_BYTES: Final = 256 << 20
 #: Beyond its own limit, the relay may take so long to start.
 START_S: Final = 10.0
 
@@ -60,6 +62,7 @@ class RemoteCluster:
         self._initializer = initializer
         self._initargs = initargs
         self.cancel_grace_s: float | None = cancel_grace_s
+        self.max_unsent_bytes: int | None = MAX_UNSENT_BYTES
         #: See `cluster.EmbeddedCluster`.
         self.has_owner = False
         self.death_fd = -1

@@ -68,6 +68,7 @@ class FakeScheduler:
         self.was_killed = threading.Event()
         self.has_owner = False
         self.cancel_grace_s: float | None = None
+        self.max_unsent_bytes: int | None = None
         self.was_started = False
         self.joined = False
         self.on_join: Callable[[], Any] = lambda: None
