@@ -286,7 +286,7 @@ class SchedulerHost:
 
     def _shut_out(self) -> None:
         """End the sessions of those whose key is not let in any more."""
-        names = self._directory.reread()
+        names = set(self._directory.reread().values())
         for peer in self.listener.peers:
             if peer.user not in names:
                 self.listener.send(peer, Refused("its key has been revoked", RefusalKind.KEY))
