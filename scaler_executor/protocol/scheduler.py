@@ -52,6 +52,8 @@ from scaler_executor.protocol.scheduler_tasks import CANCELED, EVENTS, FAILED, N
 
 #: Longer names of peers are cut.
 MAX_NAME: Final = 200
+#: No machine has more workers, or wants to hold more tasks.
+MAX_CAPACITY: Final = 1 << 31
 #: An agent that is cut off stops its calls before this time is over (see `agent.FENCE_S`), so that nothing runs twice.
 FENCE_S: Final = 10.0
 
@@ -178,7 +180,8 @@ class SchedulerState:
             reason = f"it speaks version {message.version} of the protocol, the scheduler {PROTOCOL_VERSION}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif self._python and message.python != self._python and message.role != "observer":
-            reason = f"it runs Python {message.python or 'unknown'}, the scheduler {self._python}"
+            theirs = message.python if message.python.isprintable() else ""
+            reason = f"it runs Python {theirs[:MAX_NAME] or 'unknown'}, the scheduler {self._python}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
             self._last_client_id += 1
@@ -380,6 +383,8 @@ class SchedulerState:
                     task.client.running.append(task.no)
                     touched[task.client] = None
         elif isinstance(message, AgentCapacity):
+            if not (0 <= message.tasks <= MAX_CAPACITY and 0 <= message.workers <= MAX_CAPACITY):
+                raise RemoteProtocolError(f"room for {message.tasks} tasks, {message.workers} workers")
             agent.capacity, agent.workers = message.tasks, message.workers
         elif isinstance(message, InheritanceLost):
             for client in self._peers.values():
