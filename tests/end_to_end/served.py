@@ -28,16 +28,22 @@ class Command:
         directory: Where its output goes.
         environment: Of the process.
         ready: A pattern that its output has to match before anything else is done.
+        prefix: In front of all: what starts it in another way.
     """
 
     def __init__(
-        self, arguments: Sequence[object], directory: Path, environment: Mapping[str, str], ready: str
+        self,
+        arguments: Sequence[object],
+        directory: Path,
+        environment: Mapping[str, str],
+        ready: str,
+        prefix: Sequence[str] = (),
     ) -> None:
         # A file and not a pipe: whatever holds it open, reading ends.
         self._output = directory / f"command_{len(list(directory.glob('command_*')))}"
         with open(self._output, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scaler_executor", *map(str, arguments)],
+                [*prefix, sys.executable, "-m", "scaler_executor", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -112,6 +118,7 @@ class Served(Command):
         options: Further ones of `serve`.
         environment: What its environment has besides this process's.
         home: Holds the files of the cluster; another one served there again has the same keys. None: a new one.
+        prefix: See `Command`.
     """
 
     def __init__(
@@ -123,6 +130,7 @@ class Served(Command):
         options: Sequence[object] = (),
         environment: Mapping[str, str] | None = None,
         home: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self._scene = scene
         self.home = home or scene.directory / f"state_{len(list(scene.directory.glob('state_*')))}"
@@ -133,6 +141,7 @@ class Served(Command):
             scene.directory,
             self.environment,
             r"^listening on (tcp://\S+:\d+),(?s:.*)^join it: ",
+            prefix,
         )
         scene.keep(self)
         #: "tcp://HOST:PORT".
@@ -143,23 +152,24 @@ class Served(Command):
         #: The connection file of whoever serves.
         self.connection = self.directory / "connection.json"
 
-    def join(self, workers: int = 1, *, options: Sequence[object] = (), connection: Path | None = None) -> Command:
+    def join(
+        self,
+        workers: int = 1,
+        *,
+        options: Sequence[object] = (),
+        connection: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Command:
         """Add an agent, and wait until it is connected."""
         arguments = ["serve", "--join", connection or self.connection, "--workers", workers, "--grace", 1, *options]
-        agent = Command(arguments, self._scene.directory, self.environment, r"^connected to ")
+        own = self.environment if environment is None else environment
+        agent = Command(arguments, self._scene.directory, own, r"^connected to ")
         self._scene.keep(agent)
         return agent
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run another command of the same user: `keygen`, say."""
-        return subprocess.run(
-            [sys.executable, "-m", "scaler_executor", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            env=self.environment,
-        )
+        return run_command(self.environment, *arguments)
 
     def keygen(self, who: str) -> Path:
         """Make a connection file with a key of its own."""
@@ -174,8 +184,25 @@ class Served(Command):
         assert done.returncode == 0, done.stderr
 
 
+def run_command(environment: Mapping[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a `scaler-executor` command that ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "scaler_executor", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=environment,
+    )
+
+
 def environment_of(home: Path) -> dict[str, str]:
     """Return the environment of a user whose state is in `home`."""
-    environment = dict(os.environ, XDG_STATE_HOME=str(home), PYTHONPATH=os.pathsep.join([str(HERE), str(ROOT)]))
+    environment = dict(os.environ, XDG_STATE_HOME=str(home), PYTHONPATH=python_path())
     environment.pop("SCALER_EXECUTOR_ADDRESS", None)
     return environment
+
+
+def python_path(*first: Path) -> str:
+    """Return where the tests' modules and the package are found, behind other directories."""
+    return os.pathsep.join(map(str, [*first, HERE, ROOT]))
