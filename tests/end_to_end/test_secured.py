@@ -479,9 +479,9 @@ def test_greeting_again_and_again(scene: Scene, served: Served) -> None:
 def test_blobs_that_are_never_finished(scene: Scene, served: Served) -> None:
     """What somebody begins to send and never ends is limited, and takes little more than its own size."""
     peer = scene.keep(Speaker(served.keygen("mallory")))
-    assert isinstance(peer.hello("client"), Welcome)
-    peer.acknowledges = False
     with connected(served):
+        assert isinstance(peer.hello("client"), Welcome)
+        peer.acknowledges = False
         before = memory_of(served.pid)
         for blob in range(1, 20_001):
             peer.packet(Packet([b"x"], blob))
@@ -501,9 +501,11 @@ def memory_of(pid: int) -> int:
 def test_hostile_agent(scene: Scene, served: Served) -> None:
     """An agent that answers calls that it does not have, answers its own with nonsense and then vanishes: the calls of
     its that it held fail or are made elsewhere, all others go on."""
-    agent = scene.keep(Speaker(served.keygen("machine")))
-    assert isinstance(agent.hello("agent"), Welcome)
+    path = served.keygen("machine")
     with connected(served) as executor:
+        # Only now, for it says nothing while it does nothing, and would be taken for cut off.
+        agent = scene.keep(Speaker(path))
+        assert isinstance(agent.hello("agent"), Welcome)
         agent.say(AgentCapacity(2, 2))
         agent.say(AgentResult([((1 << CLIENT_ID_SHIFT) + no, 1, 0, 1, 0, b"forged") for no in range(100)]))
         started, gate = scene.fifo(), scene.fifo()
