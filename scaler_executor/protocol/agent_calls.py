@@ -273,7 +273,7 @@ class AgentCalls:
             grace_s = min(grace_s, GONE_GRACE_S)
         grace_s = min(grace_s, MAX_GRACE_S)
         self._hiring.leave(worker)
-        if grace_s <= 0:
+        if not grace_s > 0:  # nor is it a number, perhaps: the client says what it likes
             self.want_freeze(call, "FREEZING")
             return
         call.state = "STOPPING_SOFT"

@@ -305,7 +305,7 @@ class LinkState:
     # Events
 
     def _step(self, event: str, *details: Any) -> None:
-        _TABLE[self.state][event](self, self, *details)
+        TABLE[self.state][event](self, self, *details)
 
     def _become(self, state: State, event: str, detail: str = "") -> None:
         self._story.add(self._now, 0, event, self.state, state, detail)
@@ -496,7 +496,7 @@ EVENTS: Final = (
 )
 
 _L = LinkState
-_TABLE: dict[str, dict[str, _Cell]] = {
+TABLE: Final[dict[str, dict[str, _Cell]]] = {
     DOWN: {
         "SEND": _L._keep,
         "CONNECTED": _L._greet,
@@ -543,4 +543,3 @@ _TABLE: dict[str, dict[str, _Cell]] = {
         "LEASE_DUE": forbidden,
     },
 }
-TABLE: Final = _TABLE

@@ -45,6 +45,9 @@ from scaler_executor.protocol.messages import (
 PIECE_BYTES: Final = 1 << 16
 #: So many messages are sent piece by piece at once; others wait.
 MAX_IN_PIECES: Final = 8
+#: Rows go in one message up to so many frames, for a message may have `MAX_FRAMES`: calls of several clients, say, of
+#: which each is within it.
+GROUP_FRAMES: Final = MAX_FRAMES // 4
 #: A receiver keeps no more unfinished parts than this of one peer.
 MAX_BLOBS: Final = 2 * MAX_IN_PIECES * MAX_FRAMES
 #: In the place of a client: this one, where there is only one.
@@ -279,21 +282,29 @@ def _split(message: Message) -> list[Message]:
     else:
         return [message]
     groups: list[list[Any]] = [[]]
+    frames = 0
     for row in rows:
-        if _is_large(row[-1]):
-            groups += [[row], []]
-        else:
-            groups[-1].append(row)
+        payload = row[-1]
+        if type(payload) is Frames:
+            if _is_large(payload):
+                groups += [[row], []]
+                frames = 0
+                continue
+            frames += len(payload.buffers)
+            if frames > GROUP_FRAMES:
+                groups.append([])
+                frames = len(payload.buffers)
+        groups[-1].append(row)
     groups = [group for group in groups if group]
     if isinstance(message, TaskSubmit):
-        large = any(_is_large(function.blob) for function in message.functions)
+        large = _are_large([function.blob for function in message.functions])
         if len(groups) < 2 and not (groups and _is_large(groups[0][0][-1])) and not large:
             return [message]
         submits: list[Message] = [TaskSubmit([], [function]) for function in message.functions]
         submits += [TaskSubmit(group, parent=message.parent) for group in groups]
         return [*submits, TaskSubmit([], forget=message.forget)] if message.forget else submits
     if isinstance(message, TaskRun):
-        large = any(_is_large(function.blob) for _, function in message.functions)
+        large = _are_large([function.blob for _, function in message.functions])
         if len(groups) < 2 and not (groups and _is_large(groups[0][0][-1])) and not large:
             return [message]
         runs: list[Message] = [TaskRun([], [function]) for function in message.functions]
@@ -306,8 +317,15 @@ def _split(message: Message) -> list[Message]:
     return [AgentResult(group) for group in groups]
 
 
+def _are_large(blobs: list[Any]) -> bool:
+    frames = sum(len(blob.buffers) for blob in blobs if type(blob) is Frames)
+    return frames > GROUP_FRAMES or any(map(_is_large, blobs))
+
+
 def _is_large(payload: Any) -> bool:
-    return type(payload) is Frames and any(len(buffer) > PIECE_BYTES for buffer in payload.buffers)
+    return type(payload) is Frames and (
+        len(payload.buffers) > GROUP_FRAMES or any(len(buffer) > PIECE_BYTES for buffer in payload.buffers)
+    )
 
 
 class Inbox:
@@ -333,16 +351,18 @@ class Inbox:
             self._put_piece(packet)
             return None
         parts = packet.parts
+        if len(parts) + len(packet.blobs) > MAX_FRAMES + 1:
+            raise RemoteProtocolError(f"a message of {len(parts) + len(packet.blobs)} parts")
         if packet.blobs:
             parts = list(parts)
             for index, blob in packet.blobs:
-                whole = self._blobs.pop(-blob, None)
+                whole = self._blobs.pop(-blob, None) if blob > 0 else None
                 if whole is None or not 0 <= index <= len(parts):
                     raise RemoteProtocolError(f"blob {blob} as part {index} of a message")
                 self._bytes -= len(whole)
                 parts.insert(index, whole)
-        if not parts or len(parts) > MAX_FRAMES:
-            raise RemoteProtocolError(f"a message of {len(parts)} parts")
+        if not parts:
+            raise RemoteProtocolError("a message without parts")
         return parts[0], parts[1:]
 
     def _put_piece(self, packet: Packet) -> None:

@@ -235,7 +235,8 @@ class SchedulerState:
             reason = f"it speaks version {message.version} of the protocol, the scheduler {PROTOCOL_VERSION}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif self._python and message.python != self._python and message.role != "observer":
-            reason = f"it runs Python {message.python or 'unknown'}, the scheduler {self._python}"
+            theirs = message.python if message.python.isprintable() else ""
+            reason = f"it runs Python {theirs[:MAX_NAME] or 'unknown'}, the scheduler {self._python}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
             limits = message.max_running, message.max_items_per_worker

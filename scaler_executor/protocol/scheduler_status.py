@@ -32,6 +32,8 @@ from scaler_executor.protocol.scheduler_tasks import SchedulerTasks
 RATE_S: Final = 10.0
 #: A report names at most so many running calls, the oldest ones.
 MAX_CALLS: Final = 200
+#: Longer names of functions are cut.
+MAX_NAME: Final = 200
 
 
 class Tally:
@@ -143,7 +145,7 @@ def report(
         CallStatus(
             task.client.client_id,
             task.task_id - task.client.base,
-            task.function.function.name,
+            task.function.function.name[:MAX_NAME],
             now - (task.running_since or now),
             task.open_items,
             task.agent.name if task.agent is not None else "",

@@ -306,9 +306,9 @@ class SchedulerHost:
 
     def _shut_out(self) -> None:
         """End the sessions of those whose key is not let in any more."""
-        names = self._directory.reread()
+        allowed = self._directory.reread()
         for peer in self.listener.peers:
-            if peer.user not in names:
+            if peer.key not in allowed:
                 self.listener.send(peer, Refused("its key has been revoked", RefusalKind.KEY))
                 self._drop(peer, "its key has been revoked", is_error=True)
 

@@ -38,7 +38,10 @@ RECONNECT_S: Final = 0.1
 MAX_RECONNECT_S: Final = 5.0
 #: So many messages are read of the network before something else has its turn.
 TURN_MESSAGES: Final = 200
-#: What is read of a peer that has not been heard of is at most this.
+#: A peer whose messages are not read so quickly waits when so many are here, and is not read any further.
+UNREAD_MESSAGES: Final = 1000
+#: More than this never waits for a peer that keeps to the window of its link.
+UNSENT_MESSAGES: Final = 1 << 18
 _ZAP_DOMAIN: Final = b"scaler-executor"
 _FAILED: Final = (
     zmq.EVENT_CLOSED
@@ -132,13 +135,17 @@ class Session:
 class Peer(Session):
     """A session of the listener, with a peer that has been let in."""
 
-    def __init__(self, number: int, user: str, lease_s: float, transmit: Callable[[list[Any]], None]) -> None:
-        super().__init__(False, lease_s, transmit)
+    def __init__(self, number: int, nonce: bytes, key: bytes, user: str) -> None:
+        # Nothing is kept for long for one that has not said anything.
+        super().__init__(False, HANDSHAKE_S, _nowhere)
         self.number = number
         #: Its nonce.
-        self.name = b""
-        #: Name of its key.
+        self.name = nonce
+        #: Its public key, and the name of that.
+        self.key = key
         self.user = user
+        #: When it is given up if no message of its has come, or None if one has.
+        self.speak_by: float | None = monotonic() + HANDSHAKE_S
         #: The transport over which it speaks now, b"" for none.
         self.routing_id = b""
         #: What was sent could not go: the transport is gone.
@@ -196,6 +203,8 @@ class Listener:
             self._router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.BACKLOG, 1024)
+            self._router.setsockopt(zmq.RCVHWM, UNREAD_MESSAGES)
+            self._router.setsockopt(zmq.SNDHWM, UNSENT_MESSAGES)
             self._router.setsockopt(zmq.IPV6, int("[" in address))
             self._router.bind(address)
         except BaseException:
@@ -219,13 +228,18 @@ class Listener:
 
     def drain(self) -> bool:
         """Read what has come, at most a turn's worth. Return whether there may be more."""
-        while self._zap.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator,arg-type]
-            self._answer_zap(self._zap.recv_multipart())
+        may_be_more = True
+        for _ in range(TURN_MESSAGES):
+            try:
+                self._answer_zap(self._zap.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                may_be_more = False
+                break
         for _ in range(TURN_MESSAGES):
             try:
                 first, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return False
+                return may_be_more
             self._arrived(first.bytes, parts)
         return True
 
@@ -239,7 +253,13 @@ class Listener:
         while self._due and self._due[0][0] <= now:
             _, _, peer = heapq.heappop(self._due)
             peer.look_at = 0.0
-            if peer.lost is None:
+            if self._by_nonce.get(peer.name) is not peer:
+                continue
+            if peer.lost is not None:
+                self._lose(peer, peer.lost)
+            elif peer.speak_by is not None and peer.speak_by <= now:
+                self._lose(peer, f"it said nothing for {HANDSHAKE_S:g} s")
+            else:
                 self._feed(peer, link.Tick())
 
     def send(self, peer: Peer, message: Message) -> None:
@@ -260,10 +280,6 @@ class Listener:
             peer.lost = "closed"
         self._forget(peer)
 
-    def close_user(self, user: str) -> list[Peer]:
-        """Return the sessions of a user who is not let in any more; each is to be closed."""
-        return [peer for peer in self._by_nonce.values() if peer.user == user]
-
     def close(self) -> None:
         """Stop listening. What has been handed to zmq is given a moment to leave."""
         for sock in (self._zap, self._router):
@@ -272,56 +288,65 @@ class Listener:
 
     def _answer_zap(self, request: list[bytes]) -> None:
         """Decide about a connection; see ZeroMQ RFC 27."""
-        user = None
+        user: str | None = None
         if len(request) == 7 and request[0] == b"1.0" and request[2] == _ZAP_DOMAIN and request[5] == b"CURVE":
             user = self._find_user(request[6])
-        status = [b"200", b"OK", user.encode()] if user is not None else [b"400", b"this key is not allowed here", b""]
+        status = [b"400", b"this key is not allowed here", b""]
+        if user is not None:
+            # A name may be given to another key later; sessions are the key's.
+            status = [b"200", b"OK", f"{request[6].hex()} {user}".encode()]
         self._zap.send_multipart([b"1.0", request[1] if len(request) > 1 else b"", *status, b""])
 
     def _arrived(self, route: bytes, parts: list[Any]) -> None:
         try:
             frame = decode_frame([part.bytes if len(part) < 65536 else bytearray(part.buffer) for part in parts])
         except RemoteProtocolError as error:
-            log.warn("network", "a peer broke the protocol: %s", error)
             peer = self._by_route.get(route)
             if peer is not None:
-                self._lose(peer, f"it broke the protocol: {error}")
+                self._broke_protocol(peer, error)
             return
         if isinstance(frame, link.Greeting):
-            self._greeted(route, frame, str(parts[0].get("User-Id")))
+            key, _, user = str(parts[0].get("User-Id")).partition(" ")
+            self._greeted(route, frame, bytes.fromhex(key), user)
             return
         peer = self._by_route.get(route)
         if peer is not None:  # else the rest of a session that is over
             self._feed(peer, link.Arrived(frame))
 
-    def _greeted(self, route: bytes, greeting: link.Greeting, user: str) -> None:
+    def _greeted(self, route: bytes, greeting: link.Greeting, key: bytes, user: str) -> None:
+        current = self._by_route.get(route)
+        if current is not None:
+            # Each would have everything sent again, and only the first one means another transport.
+            self._broke_protocol(current, RemoteProtocolError("two greetings over one connection"))
+            return
         peer = self._by_nonce.get(greeting.sender)
         if peer is None and greeting.sender and not greeting.receiver:
             self._last_number += 1
-            peer = Peer(self._last_number, user, self._lease_s, _nowhere)
-            peer.name = greeting.sender
-            self._by_nonce[peer.name] = peer
-        if peer is None or peer.user != user:
+            peer = self._by_nonce[greeting.sender] = Peer(self._last_number, greeting.sender, key, user)
+        if peer is None or peer.key != key:
             # It speaks of a session that is over. A greeting from somebody else tells it so.
             self._transmit(route, encode_frame(link.Greeting(greeting.epoch, os.urandom(16), greeting.sender, 0)))
             return
-        if peer.routing_id != route:
-            self._by_route.pop(peer.routing_id, None)
-            peer.routing_id = route
-            self._by_route[route] = peer
-            peer._transmit = lambda parts: self._transmit(route, parts)
-            self._feed(peer, link.Connected())
-        self._feed(peer, link.Arrived(greeting))
+        self._by_route.pop(peer.routing_id, None)
+        peer.routing_id = route
+        self._by_route[route] = peer
+        peer._transmit = lambda parts: self._transmit(route, parts)
+        self._feed(peer, link.Connected())
+        if peer.lost is None:
+            self._feed(peer, link.Arrived(greeting))
 
     def _feed(self, peer: Peer, event: link.Event) -> None:
         try:
             for header, frames in peer.handle(event):
+                if peer.speak_by is not None:
+                    peer.speak_by = None
+                    peer.link.lease_s = self._lease_s
                 self._on_message(peer, header, frames)
                 if peer.lost is not None:
                     return  # by what it said
             peer.flush()
         except RemoteProtocolError as error:
-            self._lose(peer, f"it broke the protocol: {error}")
+            self._broke_protocol(peer, error)
             return
         if peer.lost is not None:
             self._lose(peer, peer.lost)
@@ -340,10 +365,17 @@ class Listener:
 
     def _look_later(self, peer: Peer) -> None:
         """Have its link looked at when that is due, or earlier."""
-        due = peer.link.next_deadline()
+        # What is sent may find that it is lost; its owner, who is just sending, hears of that later.
+        due = peer.link.next_deadline() if peer.lost is None else 0.0
+        if peer.speak_by is not None and due is not None:
+            due = min(due, peer.speak_by)
         if due is not None and (not peer.look_at or due < peer.look_at):
             peer.look_at = due
             heapq.heappush(self._due, (due, random.getrandbits(32), peer))
+
+    def _broke_protocol(self, peer: Peer, error: RemoteProtocolError) -> None:
+        log.warn("network", "session %d (%s) broke the protocol: %s", peer.number, peer.user, error)
+        self._lose(peer, f"it broke the protocol: {error}")
 
     def _lose(self, peer: Peer, reason: str) -> None:
         peer.lost = reason

@@ -13,6 +13,7 @@ Z85 (ZeroMQ RFC 32).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+#: That a file cannot be opened for one of these says nothing of the file.
+_PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -68,11 +71,19 @@ class Connection:
         try:
             if data["type"] != "scaler-executor connection" or data["version"] != 1:
                 raise ValueError
+            address = check_address(data["address"])
+            if "*" in address:
+                raise ConfigurationError(
+                    f"the address {address} in {path} leads nowhere; make another connection file with"
+                    " `scaler-executor keygen --address tcp://HOST:PORT`"
+                )
             return cls(
-                check_address(data["address"]),
+                address,
                 _check_key(data["server_key"]),
                 Keys(_check_key(data["public_key"]), _check_key(data["secret_key"])),
             )
+        except ConfigurationError:
+            raise
         except (KeyError, TypeError, ValueError):
             raise ConfigurationError(
                 f"{path} is not a connection file of this version; make one with `scaler-executor keygen`"
@@ -115,11 +126,14 @@ class ClusterDirectory:
             raise ConfigurationError(f"cannot make {self._clients}: {error.strerror}") from None
         for directory in (path, self._clients):
             status = directory.stat()
-            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            if status.st_uid != os.geteuid():
+                raise ConfigurationError(f"{directory} belongs to somebody else; it must belong to whoever serves")
+            if status.st_mode & 0o077:
                 raise ConfigurationError(
-                    f"{directory} must belong to you and be open to nobody else; try: chmod 700 {directory}"
+                    f"{directory} must be open to nobody else (mode {status.st_mode & 0o777:04o});"
+                    f" try: chmod 700 {directory}"
                 )
-        #: {public key, 32 bytes: (name, file)}, and the state of the directory that it was read in.
+        #: {public key, 32 bytes: name}, and the state of the directory that it was read in.
         self._allowed: dict[bytes, str] = {}
         self._read_at: tuple[int, ...] = ()
 
@@ -132,8 +146,10 @@ class ClusterDirectory:
         data = read_private(self._server_path, "server's key file")
         try:
             port = data.get("port")
-            return Keys(_check_key(data["public_key"]), _check_key(data["secret_key"])), port and int(port)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            if port is not None and not (type(port) is int and 0 < port < 65536):
+                raise ValueError
+            return Keys(_check_key(data["public_key"]), _check_key(data["secret_key"])), port
+        except (KeyError, ValueError):
             raise ConfigurationError(
                 f"{self._server_path} is damaged; remove it, and all connection files of this cluster with it"
             ) from None
@@ -154,10 +170,10 @@ class ClusterDirectory:
         Raises:
             ConfigurationError: There is one of this name, or it is no name.
         """
-        path = self._client_path(name)
-        if path.exists():
-            raise ConfigurationError(f"{name} has a key already; revoke it first, or choose another name")
-        write_private(path, {"public_key": public.decode()})
+        try:
+            write_private(self._client_path(name), {"public_key": public.decode()}, is_new=True)
+        except FileExistsError:
+            raise ConfigurationError(f"{name} has a key already; revoke it first, or choose another name") from None
 
     def revoke(self, name: str) -> None:
         """Let a key in no more; its sessions end.
@@ -173,34 +189,53 @@ class ClusterDirectory:
 
     def names(self) -> list[str]:
         """Return the names of all keys that are let in."""
-        return [path.stem for path in self._clients.glob("*.json")]
+        return [path.stem for path in self._paths()]
 
     def find_user(self, public: bytes) -> str | None:
         """Return the name of a public key (32 bytes), None if it is not let in."""
-        self.reread()
-        return self._allowed.get(public)
+        return self.reread().get(public)
 
-    def reread(self) -> set[str]:
-        """Read what has changed. Return the names of all keys that are let in."""
-        state = self._state()
-        if state != self._read_at:
-            self._read_at = state
-            self._allowed = {}
-            for path in self._clients.glob("*.json"):
-                try:
-                    self._allowed[_decode_key(_check_key(read_private(path, "key file")["public_key"]))] = path.stem
-                except (ConfigurationError, KeyError, TypeError, ValueError):
-                    continue  # not let in
-        return set(self._allowed.values())
+    def reread(self) -> dict[bytes, str]:
+        """Read what has changed. Return the keys that are let in, {public key: name}."""
+        try:
+            state = self._state()
+            if state != self._read_at:
+                self._allowed = self._read_all()
+                self._read_at = state
+        except (FileNotFoundError, NotADirectoryError):
+            self._allowed, self._read_at = {}, ()  # the directory has been removed, and with it all keys
+        except OSError:
+            pass  # no descriptor is left, say: what was true a moment ago holds until it can be read again
+        return self._allowed
+
+    def _read_all(self) -> dict[bytes, str]:
+        """Read the keys. One that is damaged, or that others may read, is not let in."""
+        allowed = {}
+        for path in self._paths():
+            try:
+                key = _decode_key(_check_key(_read_private(path, "key file")["public_key"]))
+            except (KeyError, ValueError):
+                continue
+            except OSError as error:
+                if error.errno in _PASSING:
+                    raise
+                continue
+            allowed[key] = path.stem
+        return allowed
+
+    def _paths(self) -> list[Path]:
+        with os.scandir(self._clients) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.name.endswith(".json"))
 
     def _state(self) -> tuple[int, ...]:
+        """Return what changes when a key is added, removed or replaced."""
         found = [self._clients.stat().st_mtime_ns]
-        for path in sorted(self._clients.glob("*.json")):
+        for path in self._paths():
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            found += [status.st_ino, status.st_mtime_ns, status.st_mode]
+            found += [status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_uid, status.st_mode]
         return tuple(found)
 
     def _client_path(self, name: str) -> Path:
@@ -250,46 +285,57 @@ def check_address(address: Any) -> str:
 
 
 def read_private(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON file that only its owner may read.
+    """Read a JSON file that only its owner may read. A link to one will do.
 
     Raises:
         ConfigurationError: It is missing, or others may read or write it, or it is not JSON.
     """
     try:
-        with open(path, encoding="utf-8", opener=_open_without_links) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigurationError(f"{path} is not a file")
-            if status.st_mode & 0o077:
-                raise ConfigurationError(
-                    f"the {what} {path} may be read by others (mode {status.st_mode & 0o777:04o});"
-                    f" if its keys may have been seen, make new ones; then: chmod 600 {path}"
-                )
-            if status.st_uid not in (os.geteuid(), 0):
-                raise ConfigurationError(f"the {what} {path} belongs to somebody else")
-            data = json.load(file)
+        return _read_private(path, what)
     except FileNotFoundError:
         raise ConfigurationError(f"there is no {what} at {path}") from None
     except IsADirectoryError:
         raise ConfigurationError(f"{path} is not a file") from None
     except PermissionError:
-        raise ConfigurationError(f"the {what} {path} may not be read by this user") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise ConfigurationError(f"the {what} {path} is damaged") from None
+        raise ConfigurationError(f"the {what} {path} may not be read by this user; it belongs to another one") from None
     except OSError as error:
         raise ConfigurationError(f"the {what} {path} cannot be read: {error.strerror}") from None
+
+
+def _read_private(path: Path, what: str) -> dict[str, Any]:
+    """As `read_private`, but what the system says is raised as it is."""
+    with open(path, encoding="utf-8", opener=_open_without_waiting) as file:
+        # Of the file that is open, and not of the path, which may lead to another one by now.
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigurationError(f"{path} is not a file")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise ConfigurationError(
+                f"the {what} {path} belongs to somebody else; use a copy of your own: cp it, and chmod 600 the copy"
+            )
+        if status.st_mode & 0o077:
+            raise ConfigurationError(
+                f"the {what} {path} may be read by others (mode {status.st_mode & 0o777:04o});"
+                f" if its keys may have been seen, make new ones; then: chmod 600 {path}"
+            )
+        try:
+            data = json.load(file)
+        except (ValueError, RecursionError):  # not text, not JSON, a number too long or a list too deep
+            data = None
     if not isinstance(data, dict):
         raise ConfigurationError(f"the {what} {path} is damaged")
     return data
 
 
-def write_private(path: Path, data: dict[str, Any]) -> None:
+def write_private(path: Path, data: dict[str, Any], *, is_new: bool = False) -> None:
     """Write a JSON file that only its owner may read; whoever reads it meanwhile sees the old one or the new one.
 
     Raises:
+        FileExistsError: It `is_new`, and there is one.
         ConfigurationError: It cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # A name that no process has used before: one that was killed may have left its own.
+    beside = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -299,21 +345,31 @@ def write_private(path: Path, data: dict[str, Any]) -> None:
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            if is_new:
+                os.link(beside, path)
+            else:
+                os.replace(beside, path)
+                return
         except BaseException:
             os.unlink(beside)
             raise
+        os.unlink(beside)
+    except FileExistsError:
+        if is_new:
+            raise
+        raise ConfigurationError(f"cannot write {path}: there is a file in the place of its directory") from None
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _open_without_links(path: str, flags: int) -> int:
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a FIFO would wait for somebody who writes."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _check_key(text: Any) -> bytes:
     """Return a key in Z85 if it is one, else raise ValueError."""
-    key = str(text).encode()
+    key = str(text).encode("ascii")
     if len(key) != 40 or len(_decode_key(key)) != 32:
         raise ValueError("not a key")
     return key
