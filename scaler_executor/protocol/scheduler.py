@@ -236,7 +236,7 @@ class SchedulerState:
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif self._python and message.python != self._python and message.role != "observer":
             theirs = message.python if message.python.isprintable() else ""
-            reason = f"it runs Python {theirs[:MAX_NAME] or 'unknown'}, the scheduler {self._python}"
+            reason = f"it runs Python {theirs[:20] or 'unknown'}, the scheduler {self._python}"
             self._refuse(peer_id, reason, RefusalKind.VERSION)
         elif message.role == "client":
             limits = message.max_running, message.max_items_per_worker
@@ -261,7 +261,7 @@ class SchedulerState:
             self._peers[peer_id] = Observer(peer_id)
             self._output.instructions.append(Send(peer_id, Welcome(0)))
         else:
-            raise RemoteProtocolError(f"role {message.role[:MAX_NAME]!r}")
+            raise RemoteProtocolError(f"role {message.role[:20]!r}")
 
     def _refuse(self, peer_id: int, reason: str, kind: RefusalKind) -> None:
         self._output.instructions += [Send(peer_id, Refused(reason, kind)), Drop(peer_id, reason, error=True)]
