@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from scaler_executor.runtime.platform import cpu_count_usable
 from scaler_executor.runtime.security import (
+    OWN_NAME,
     ClusterDirectory,
     ConfigurationError,
     Connection,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 #: Tried first by a cluster that has had no port yet.
 DEFAULT_PORT: Final = 5735
-#: Whose key it is that serve makes for the user who serves.
-OWN_NAME: Final = "owner"
 
 
 def serve(

@@ -29,6 +29,7 @@ from scaler_executor.protocol.messages import (
     FromPeerMessage,
     Hello,
     Message,
+    OperatorCancel,
     RefusalKind,
     Refused,
     ToAgentMessage,
@@ -39,7 +40,7 @@ from scaler_executor.runtime.forker import start_forker_by_fork
 from scaler_executor.runtime.identity import Identity
 from scaler_executor.runtime.loop import Loop
 from scaler_executor.runtime.network import Dialer, Listener, Peer
-from scaler_executor.runtime.security import ClusterDirectory, Connection, Keys
+from scaler_executor.runtime.security import OWN_NAME, ClusterDirectory, Connection, Keys
 from scaler_executor.runtime.signals import watch_signals
 from scaler_executor.runtime.worker import WorkerConfig
 
@@ -58,7 +59,7 @@ CLIENT_BYTES: Final = 1 << 30
 #: A client to which more than this waits to be sent is given nothing more to run.
 CONGESTED_BYTES: Final = 64 << 20
 #: The agent stops reading results when so much waits to be sent.
-UPSTREAM_BYTES: Final = 256 << 20
+UPSTREAM_BYTES: Final = 1 << 30
 
 EXIT_STOPPED: Final = 1
 
@@ -288,6 +289,10 @@ class SchedulerHost:
             self._peers[peer.number] = peer
             if isinstance(message, Hello) and message.role == "agent":
                 peer.link.lease_s = AGENT_LEASE_S
+        if isinstance(message, OperatorCancel) and peer.user != OWN_NAME:
+            reason = "only the user who serves may stop others' calls"
+            self.listener.send(peer, Refused(reason, RefusalKind.KEY))
+            return
         self._feed(scheduler_protocol.Received(peer.number, message))
 
     def _on_lost(self, peer: Peer, reason: str) -> None:
@@ -338,7 +343,8 @@ class SchedulerHost:
                     self.listener.close_peer(peer)
 
     def _upstream_bytes(self) -> int:
-        waiting = sum(peer.pending_bytes for peer in self._peers.values())
+        # One that takes nothing cannot stop the others.
+        waiting = sum(min(peer.pending_bytes, CONGESTED_BYTES) for peer in self._peers.values())
         return waiting if waiting > UPSTREAM_BYTES else 0
 
 

@@ -24,6 +24,8 @@ from typing import Any, Final
 
 #: That a file cannot be opened for one of these says nothing of the file.
 _PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+#: Whose key it is that serve makes for the user who serves.
+OWN_NAME: Final = "owner"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 

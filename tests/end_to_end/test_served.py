@@ -364,6 +364,18 @@ def test_status_and_cancel(scene: Scene, cluster: Served, connect: Connect) -> N
     assert json.loads(run(cluster, *COMMAND, "status", "--json").stdout)["done"] >= 1
 
 
+def test_only_the_owner_cancels(scene: Scene, cluster: Served, connect: Connect) -> None:
+    """Whoever has another key may look, but stops nobody's calls."""
+    path = scene.directory / "guest.json"
+    assert run(cluster, *COMMAND, "keygen", "guest", "--output", path).returncode == 0
+    future = connect().submit(workload.sleep_for, 3600)
+    wait_until(future.running, "the call does not run")
+    assert "sleep_for" in run(cluster, *COMMAND, "status", path).stdout
+    refused = run(cluster, *COMMAND, "cancel", path, "1.1")
+    assert refused.returncode == 1 and "only the user who serves" in refused.stderr
+    assert future.running()
+
+
 def test_status_of_nothing(scene: Scene, cluster: Served) -> None:
     """A cluster that does not answer, or a missing file, is said in a line."""
     cluster.kill()
