@@ -14,7 +14,7 @@ environment variable SCALER_EXECUTOR_PLATFORM=portable forces the twins, so that
 | memfd                   | an unlinked file                                                                     |
 | F_SETPIPE_SZ            | nothing: the pipe has the size that it has                                           |
 | setsid of posix_spawn   | setsid by the program that was started                                               |
-| /proc                   | /dev/fd, or nothing                                                                  |
+| /proc                   | /dev/fd, the mode of a new file, or nothing                                          |
 
 Every descriptor leaks into processes that are forked. The write end of a lifeline is closed by exec, and by Python in
 a child that it forks (`_close_in_child`); C code that forks and does not exec keeps it, and then the end of the first
@@ -510,9 +510,9 @@ def peak_memory_bytes(usage: resource.struct_rusage) -> int:
 def file_mode_mask() -> int | None:
     """Return this process's umask, None where that cannot be told: to ask for it by setting it would show for a moment
     in the files of other threads."""
-    if PORTABLE:
-        return None
     try:
+        if PORTABLE:
+            return 0o777 & ~_mode_of_new_file()
         with open("/proc/self/status", "rb") as file:
             for line in file:
                 if line.startswith(b"Umask:"):
@@ -520,6 +520,20 @@ def file_mode_mask() -> int | None:
     except OSError:
         pass
     return None
+
+
+def _mode_of_new_file() -> int:
+    """Return which permissions are left of all that a new file asks for. A directory's default ACL would hide it."""
+    import tempfile
+
+    # Not `mkstemp`, which asks for its own permissions.
+    path = os.path.join(tempfile.gettempdir(), f"scaler-executor-{os.urandom(8).hex()}")
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
+    try:
+        os.unlink(path)
+        return os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
 
 
 def usable_cpus() -> list[int]:
