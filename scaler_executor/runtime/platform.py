@@ -71,28 +71,37 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # kernel 6.9
 _ONE: Final = (1).to_bytes(8, sys.byteorder)
 
-#: prctl of libc, once `prepare` has found it. Written once.
+#: Functions of libc, once `prepare` has found them. Written once.
+_fflush: Any = None
 _prctl: Any = None
 #: Whether the kernel signals a process group through a pidfd; cleared for good by the first refusal.
 _has_group_flag = not PORTABLE
 
 
 def prepare() -> None:
-    """Load what the calls below need, before a fork (2 to 3 ms, once). Without it the prctl calls do nothing."""
-    global _prctl
+    """Load what the calls below need, before a fork (2 to 3 ms, once). Without it those of libc do nothing."""
+    global _fflush, _prctl
     if PORTABLE:
         import tempfile  # noqa: F401 - for `create_page`
 
         os.close(watch_self())
-        return
-    if _prctl is not None:
+    if _fflush is not None:
         return
     try:
         import ctypes
 
-        _prctl = ctypes.CDLL(None).prctl
+        libc = ctypes.CDLL(None)
+        if not PORTABLE:
+            _prctl = libc.prctl
+        _fflush = libc.fflush
     except (ImportError, OSError, AttributeError):
-        _prctl = None  # an interpreter without ctypes: a worker then outlives its forker until it next looks for work
+        pass  # an interpreter without ctypes: a worker then outlives its forker until it next looks for work
+
+
+def flush_c_streams() -> None:
+    """Let appear what C code has printed: the end of an interpreter flushes that, and `os._exit` does not."""
+    if _fflush is not None:
+        _fflush(None)
 
 
 def become_subreaper() -> None:
