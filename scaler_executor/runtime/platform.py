@@ -14,7 +14,7 @@ environment variable SCALER_EXECUTOR_PLATFORM=portable forces the twins, so that
 | memfd                   | an unlinked file                                                                     |
 | F_SETPIPE_SZ            | nothing: the pipe has the size that it has                                           |
 | setsid of posix_spawn   | setsid by the program that was started                                               |
-| /proc                   | /dev/fd, or nothing                                                                  |
+| /proc                   | /dev/fd, the mode of a new file, or nothing                                          |
 
 Every descriptor leaks into processes that are forked. The write end of a lifeline is closed by exec, and by Python in
 a child that it forks (`_close_in_child`); C code that forks and does not exec keeps it, and then the end of the first
@@ -71,28 +71,37 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # kernel 6.9
 _ONE: Final = (1).to_bytes(8, sys.byteorder)
 
-#: prctl of libc, once `prepare` has found it. Written once.
+#: Functions of libc, once `prepare` has found them. Written once.
+_fflush: Any = None
 _prctl: Any = None
 #: Whether the kernel signals a process group through a pidfd; cleared for good by the first refusal.
 _has_group_flag = not PORTABLE
 
 
 def prepare() -> None:
-    """Load what the calls below need, before a fork (2 to 3 ms, once). Without it the prctl calls do nothing."""
-    global _prctl
+    """Load what the calls below need, before a fork (2 to 3 ms, once). Without it those of libc do nothing."""
+    global _fflush, _prctl
     if PORTABLE:
         import tempfile  # noqa: F401 - for `create_page`
 
         os.close(watch_self())
-        return
-    if _prctl is not None:
+    if _fflush is not None:
         return
     try:
         import ctypes
 
-        _prctl = ctypes.CDLL(None).prctl
+        libc = ctypes.CDLL(None)
+        if not PORTABLE:
+            _prctl = libc.prctl
+        _fflush = libc.fflush
     except (ImportError, OSError, AttributeError):
-        _prctl = None  # an interpreter without ctypes: a worker then outlives its forker until it next looks for work
+        pass  # an interpreter without ctypes: a worker then outlives its forker until it next looks for work
+
+
+def flush_c_streams() -> None:
+    """Let appear what C code has printed: the end of an interpreter flushes that, and `os._exit` does not."""
+    if _fflush is not None:
+        _fflush(None)
 
 
 def become_subreaper() -> None:
@@ -515,9 +524,9 @@ def peak_memory_bytes(usage: resource.struct_rusage) -> int:
 def file_mode_mask() -> int | None:
     """Return this process's umask, None where that cannot be told: to ask for it by setting it would show for a moment
     in the files of other threads."""
-    if PORTABLE:
-        return None
     try:
+        if PORTABLE:
+            return 0o777 & ~_mode_of_new_file()
         with open("/proc/self/status", "rb") as file:
             for line in file:
                 if line.startswith(b"Umask:"):
@@ -525,6 +534,20 @@ def file_mode_mask() -> int | None:
     except OSError:
         pass
     return None
+
+
+def _mode_of_new_file() -> int:
+    """Return which permissions are left of all that a new file asks for. A directory's default ACL would hide it."""
+    import tempfile
+
+    # Not `mkstemp`, which asks for its own permissions.
+    path = os.path.join(tempfile.gettempdir(), f"scaler-executor-{os.urandom(8).hex()}")
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o777)
+    try:
+        os.unlink(path)
+        return os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
 
 
 def usable_cpus() -> list[int]:

@@ -27,8 +27,8 @@ def take() -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return what is not as it was."""
-    return {name: value for name, value in now.items() if before.get(name) != value}
+    """Return what is not as it was, as far as that can be told."""
+    return {name: value for name, value in now.items() if value is not None and before.get(name) != value}
 
 
 def apply(changed: dict[str, Any], environment: dict[str, str] | None) -> None:

@@ -64,7 +64,7 @@ from scaler_executor.runtime.calls import (
 )
 from scaler_executor.runtime.identity import Identity, run_as_process
 from scaler_executor.runtime.namespace_worker import WorkerMain
-from scaler_executor.runtime.platform import Bell, name_process, range_buffer
+from scaler_executor.runtime.platform import Bell, flush_c_streams, name_process, range_buffer
 from scaler_executor.runtime.transport import StreamReader
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
@@ -137,7 +137,7 @@ def worker_main(
     code = run_as_process(config.identity, serve)
     _flush_streams()
     if config.identity.start_method != "fork":
-        _flush_c_streams()
+        flush_c_streams()
     os._exit(code)
 
 
@@ -608,16 +608,6 @@ def _flush_streams() -> None:
         sys.stderr.flush()
     except BaseException:
         pass  # replaced, closed or full: none of that is the call's result
-
-
-def _flush_c_streams() -> None:
-    """Let appear what C code has printed: the end of an interpreter flushes that, and `os._exit` does not."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).fflush(None)
-    except Exception:
-        pass  # an interpreter without ctypes
 
 
 def _abandon_children() -> None:

@@ -16,6 +16,9 @@ from support import Scene
 from scaler_executor import ScalerExecutor
 from scaler_executor.runtime import platform
 
+# Its assertions show what differs, too.
+pytest.register_assert_rewrite("comparison")
+
 # What stays for good is there before the first test looks.
 platform.prepare()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import select
 import signal
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from forked import await_death, is_alive
@@ -195,3 +197,15 @@ def test_open_descriptors() -> None:
     assert {reader, writer} <= set(platform.open_descriptors()) and not {0, 1, 2} & set(platform.open_descriptors())
     os.close(reader)
     os.close(writer)
+
+
+def test_file_mode_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask is told, whatever it hides, and nothing is left of the telling."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for mask in (0o000, 0o027, 0o777):
+        before = os.umask(mask)
+        try:
+            assert platform.file_mode_mask() == mask
+        finally:
+            os.umask(before)
+    assert os.listdir(tmp_path) == []
