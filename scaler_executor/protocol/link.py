@@ -17,6 +17,7 @@ was started anew is not taken for the one that it replaces.
 Where a transport does not tell of its end (`beat_s` is given), both ends say something every so often, and one that
 hears nothing for too long takes the transport for gone. Each beat carries the sender's clock and gives back what it
 last read on the other's: so an end knows until when it was certainly heard (`proven_at`), whatever the two clocks say.
+An acknowledged packet proves that too, for beats are left out while packets flow; so does the answer to a greeting.
 The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in time.
 
 No more than a window's worth of bytes is on its way unacknowledged, see `room` and `window`.
@@ -76,8 +77,8 @@ class Data(msgspec.Struct, array_like=True, tag=2):
 
 
 class Ack(msgspec.Struct, array_like=True, tag=3):
-    """The sender has received all up to `received`, the last of it `held_s` ago. It read `sent_at` on its clock, and in
-    the receiver's last Ack, `echo`."""
+    """The sender has received all up to `received`, the last of it `held_s` ago. It read `sent_at` on its clock, and
+    `echo` in the receiver's last Ack."""
 
     epoch: int
     received: int
@@ -205,8 +206,9 @@ class LinkState:
         self._said_at = now
         #: Since when the transport has been there.
         self._connected_at = now
-        #: The clock of the other end, and of this one, as its last Ack gave them.
+        #: The clock of the other end, as its last Ack gave it.
         self._peer_clock = 0.0
+        #: What was said then, on this end's clock, has certainly been heard.
         self.proven_at = now
         #: When it is to be told the rest, or None.
         self._ack_due: float | None = None
@@ -271,6 +273,11 @@ class LinkState:
         assert self._ack_due is None or (self.state == UP and self._acked < self._received)
         assert self.state != UP or (self._peer and self._epoch)
         assert self.state != LOST or not self._kept
+
+    @property
+    def is_established(self) -> bool:
+        """Whether the other end has ever been heard."""
+        return bool(self._peer)
 
     @property
     def outstanding(self) -> int:
@@ -370,6 +377,8 @@ class LinkState:
             self._lose(f"it has forgotten what it had received after packet {frame.received}")
             return
         self._peer = frame.sender
+        if self._connects:
+            self.proven_at = max(self.proven_at, self._connected_at)  # it answers what was said then
         self._acked = self._received
         self._unacked_bytes = 0
         self._forget_up_to(frame.received)
@@ -443,7 +452,9 @@ class LinkState:
             raise RemoteProtocolError(f"it has received packet {received} of {self._last_seq}")
         kept = self._kept
         while kept and kept[0][0] <= received:
-            self._kept_bytes -= kept.popleft()[2]
+            _, _, packet_bytes, sent_at = kept.popleft()
+            self._kept_bytes -= packet_bytes
+            self.proven_at = max(self.proven_at, sent_at)
 
     def _acknowledge(self) -> None:
         """Say what was received, or that this end is there, if it is time."""
