@@ -18,7 +18,9 @@ Where a transport does not tell of its end (`beat_s` is given), both ends say so
 hears nothing for too long takes the transport for gone. Each beat carries the sender's clock and gives back what it
 last read on the other's: so an end knows until when it was certainly heard (`proven_at`), whatever the two clocks say.
 An acknowledged packet proves that too, for beats are left out while packets flow; so does the answer to a greeting.
-The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in time.
+The end that connects is answered at once, and takes a transport for gone too over which it is heard no more, though it
+hears. The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in
+time.
 
 No more than a window's worth of bytes is on its way unacknowledged, see `room` and `window`.
 """
@@ -45,6 +47,9 @@ LOST: Final = "LOST"
 LEASE_S: Final = 60.0
 #: With beats: a transport that is silent for longer is gone.
 SILENCE_S: Final = 4.0
+#: ... and so is, for the end that connects, one over which it is not known to have been heard for so many times as
+#: long: on a slow way what it says waits behind what it has sent.
+UNHEARD_SILENCES: Final = 1.5
 #: More than this is not kept for an end that does not say that it has it.
 RESEND_BYTES: Final = 64 << 20
 #: Received packets are acknowledged after so long, or after so many, if nothing is sent that would do it by the way.
@@ -210,6 +215,8 @@ class LinkState:
         self._peer_clock = 0.0
         #: What was said then, on this end's clock, has certainly been heard.
         self.proven_at = now
+        #: It has said what its clock shows, and waits to have that back.
+        self._must_answer = False
         #: When it is to be told the rest, or None.
         self._ack_due: float | None = None
         #: When the cut has lasted too long; None in UP and LOST.
@@ -292,7 +299,10 @@ class LinkState:
     def _silent_due(self) -> float | None:
         if self._beat_s is None or self.state not in (GREETING, UP):
             return None
-        return max(self.heard_at, self._connected_at) + self._silence_s
+        due = max(self.heard_at, self._connected_at) + self._silence_s
+        if self._connects and self.state == UP:
+            due = min(due, self.proven_at + UNHEARD_SILENCES * self._silence_s)
+        return due
 
     def _beat_due(self) -> float | None:
         return self._said_at + self._beat_s if self._beat_s is not None and self.state == UP else None
@@ -426,6 +436,9 @@ class LinkState:
             raise RemoteProtocolError(f"an echo of {frame.echo} at {self._now}")
         self.proven_at = max(self.proven_at, frame.echo)
         self._peer_clock = frame.sent_at
+        if not self._connects and self._beat_s is not None:
+            # Not each acknowledgement of many: packets tell as much.
+            self._must_answer = self._said_at + self._beat_s / 2 <= self._now
         kept = self._kept
         sent_at = next((at for seq, _, _, at in kept if seq == frame.received), None) if kept else None
         self._forget_up_to(frame.received)
@@ -460,7 +473,8 @@ class LinkState:
         """Say what was received, or that this end is there, if it is time."""
         beat_due = self._beat_due()
         if (
-            (self._ack_due is not None and self._ack_due <= self._now)
+            self._must_answer
+            or (self._ack_due is not None and self._ack_due <= self._now)
             or (beat_due is not None and beat_due <= self._now)
             or (
                 self._ack_due is not None
@@ -468,6 +482,7 @@ class LinkState:
             )
         ):
             self._acked, self._unacked_bytes, self._ack_due = self._received, 0, None
+            self._must_answer = False
             self._said_at = self._now
             self._out.append(
                 Transmit(Ack(self._epoch, self._received, self._now, self._peer_clock, self._now - self._received_at))
@@ -478,6 +493,7 @@ class LinkState:
         self._kept.clear()
         self._kept_bytes = 0
         self._lease_due = self._ack_due = None
+        self._must_answer = False
         self._out.append(PeerLost(reason))
 
 

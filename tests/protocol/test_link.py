@@ -247,6 +247,31 @@ def test_silence():
     assert link.next_deadline() == 12.0  # the lease counts from when it was heard
 
 
+def test_unheard():
+    """The end that connects hears the other one and is not heard itself: it looks for another transport."""
+    link = beating()
+    for second in range(1, 6):
+        link.now = float(second)
+        assert link.got(Ack(1, 0, echo=0.0)) == [Transmit(Ack(1, 0, sent_at=second, held_s=second))]
+    assert link.next_deadline() == 6.0
+    assert link.tick(1.0) == [Disconnect()]
+
+
+def test_beats_of_the_connecting_end_are_answered():
+    """... at once, so that it knows that it is heard; but not each acknowledgement is."""
+    link = Link(THEM, connects=False, beat_s=1.0)
+    link.on(Connected())
+    link.got(Greeting(1, US, b"", 0))
+    link.now = 0.6
+    assert link.got(Ack(1, 0, sent_at=50.0)) == [Transmit(Ack(1, 0, sent_at=0.6, echo=50.0, held_s=0.6))]
+    link.now = 0.7
+    assert link.got(Ack(1, 0, sent_at=51.0)) == []
+    assert link.next_deadline() == 1.6
+    link = beating()
+    link.now = 0.9
+    assert link.got(Ack(1, 0, sent_at=50.0)) == []
+
+
 def test_silence_before_the_greeting():
     """A transport over which nobody greets is taken for gone, counted from when it was made."""
     link = beating()
