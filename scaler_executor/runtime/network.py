@@ -36,8 +36,8 @@ HANDSHAKE_S: Final = 5.0
 #: Pauses between attempts to connect: at first, at most. Each is drawn at random up to its length.
 RECONNECT_S: Final = 0.1
 MAX_RECONNECT_S: Final = 5.0
-#: For so long after the other end was last heard, when an agent's calls may still be saved, attempts are short and follow
-#: each other closely: connecting, the handshake and the pause take at most so long.
+#: For so long after the other end was last heard, when an agent's calls may still be saved, attempts are short and
+#: follow each other closely: connecting, the handshake and the pause take at most so long.
 HURRY_S: Final = 10.0
 HURRIED_CONNECT_S: Final = 1.0
 HURRIED_HANDSHAKE_S: Final = 2.0
@@ -551,7 +551,8 @@ class Dialer:
             # One that is just being stopped, say, ends handshakes too.
             self._refusals += 1
             reason = "whoever listens there has another key, or is no scaler-executor"
-            self._on_failed(reason, self._refusals >= 3)
+            # Nor does it say anything about a session that has been let in: what stands in between may end them.
+            self._on_failed(reason, self._refusals >= 3 and not self.session.link.is_established)
         else:
             self._on_failed("nobody answers there", False)
 
