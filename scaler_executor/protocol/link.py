@@ -167,7 +167,8 @@ class LinkState:
         now: The time.
         lease_s: Silence that lasts longer is the peer's loss.
         resend_bytes: So much is kept for an end that has not acknowledged it.
-        beat_s: Something is said at least so often; None: the transport tells of its end.
+        beat_s: The end that connects says something at least so often, and is answered; None: the transport tells of
+            its end.
         silence_s: With beats, a transport over which nothing has come for so long is taken for gone.
     """
 
@@ -305,7 +306,10 @@ class LinkState:
         return due
 
     def _beat_due(self) -> float | None:
-        return self._said_at + self._beat_s if self._beat_s is not None and self.state == UP else None
+        if self._beat_s is None or self.state != UP:
+            return None
+        # The end that connects asks, and the other one answers: it speaks by itself when it is not asked.
+        return self._said_at + self._beat_s * (1.0 if self._connects else 1.5)
 
     # Events
 
