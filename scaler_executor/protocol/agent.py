@@ -125,7 +125,7 @@ class AgentState:
         elif isinstance(event, Disinherited):
             self._inheritance.lost(event.reason)
         elif isinstance(event, SchedulerLost):
-            if self._fence_at is None and not self._calls.fenced:
+            if not self._calls.fenced:
                 self._fence_at = now + FENCE_S - event.unheard_s
         elif isinstance(event, SchedulerBack):
             self._fence_at, self._calls.fenced = None, False

@@ -85,7 +85,8 @@ class Disinherited(msgspec.Struct):
 
 
 class SchedulerLost(msgspec.Struct):
-    """The connection is gone, but may come back in time. `unheard_s`: what was said so long ago was certainly heard."""
+    """The connection is gone, but may come back in time. `unheard_s`: what was said so long ago was certainly heard.
+    Said again when more is known."""
 
     unheard_s: float = 0.0
 

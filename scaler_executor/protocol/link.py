@@ -17,7 +17,10 @@ was started anew is not taken for the one that it replaces.
 Where a transport does not tell of its end (`beat_s` is given), both ends say something every so often, and one that
 hears nothing for too long takes the transport for gone. Each beat carries the sender's clock and gives back what it
 last read on the other's: so an end knows until when it was certainly heard (`proven_at`), whatever the two clocks say.
-The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in time.
+An acknowledged packet proves that too, for beats are left out while packets flow; so does the answer to a greeting.
+The end that connects is answered at once, and takes a transport for gone too over which it is heard no more, though it
+hears. The lease counts from when the peer was last heard, so of two ends the one that is to stop first can do so in
+time.
 
 No more than a window's worth of bytes is on its way unacknowledged, see `room` and `window`.
 """
@@ -28,9 +31,26 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
-import msgspec
-
 from scaler_executor.protocol.codec import RemoteProtocolError
+from scaler_executor.protocol.link_events import (
+    Ack,
+    Arrived,
+    Connected,
+    Data,
+    Deliver,
+    Disconnect,
+    Disconnected,
+    Event,
+    Frame,
+    Greeting,
+    Hold,
+    Instruction,
+    Leaving,
+    Outgoing,
+    PeerLost,
+    Tick,
+    Transmit,
+)
 from scaler_executor.protocol.machine import Story, Transition, forbidden, ignore, unreachable
 from scaler_executor.protocol.window import Window
 
@@ -44,6 +64,9 @@ LOST: Final = "LOST"
 LEASE_S: Final = 60.0
 #: With beats: a transport that is silent for longer is gone.
 SILENCE_S: Final = 4.0
+#: ... and so is, for the end that connects, one over which it is not known to have been heard for so many times as
+#: long: on a slow way what it says waits behind what it has sent.
+UNHEARD_SILENCES: Final = 1.5
 #: More than this is not kept for an end that does not say that it has it.
 RESEND_BYTES: Final = 64 << 20
 #: Received packets are acknowledged after so long, or after so many, if nothing is sent that would do it by the way.
@@ -51,111 +74,6 @@ ACK_AFTER_S: Final = 0.2
 ACK_AFTER_PACKETS: Final = 64
 #: ... or after so many bytes, for the sender may wait for that.
 ACK_AFTER_BYTES: Final = 1 << 15
-
-
-# Frames: what the ends say to each other
-
-
-class Greeting(msgspec.Struct, array_like=True, tag=1):
-    """First frame of each epoch in each direction: who speaks, to whom as far as known, and what it has."""
-
-    epoch: int
-    sender: bytes
-    receiver: bytes
-    received: int
-
-
-class Data(msgspec.Struct, array_like=True, tag=2):
-    """Packet number `seq`, of `packet_bytes`; the sender has received all up to `received`."""
-
-    epoch: int
-    seq: int
-    received: int
-    packet: Any
-    packet_bytes: int = 1
-
-
-class Ack(msgspec.Struct, array_like=True, tag=3):
-    """The sender has received all up to `received`, the last of it `held_s` ago. It read `sent_at` on its clock, and in
-    the receiver's last Ack, `echo`."""
-
-    epoch: int
-    received: int
-    sent_at: float = 0.0
-    echo: float = 0.0
-    held_s: float = 0.0
-
-
-Frame: TypeAlias = Greeting | Data | Ack
-
-
-# Events
-
-
-class Outgoing(msgspec.Struct):
-    """Carry this packet to the other end."""
-
-    packet: Any
-    packet_bytes: int
-
-
-class Connected(msgspec.Struct):
-    """A transport is there. Any earlier one is of no use any more, whether its end has been noticed or not."""
-
-
-class Arrived(msgspec.Struct):
-    """A frame came, over this transport or an earlier one."""
-
-    frame: Frame
-
-
-class Disconnected(msgspec.Struct):
-    """The transport is gone."""
-
-
-class Leaving(msgspec.Struct):
-    """This end is about to go: say at once what was received."""
-
-
-class Hold(msgspec.Struct):
-    """Acknowledge nothing more for now, or again: thus the other end, when its window is full, sends no more."""
-
-    is_held: bool
-
-
-class Tick(msgspec.Struct):
-    """Time has passed, see `next_deadline`."""
-
-
-Event: TypeAlias = Outgoing | Connected | Arrived | Disconnected | Leaving | Hold | Tick
-
-
-# Instructions
-
-
-class Transmit(msgspec.Struct):
-    """Put this on the transport."""
-
-    frame: Frame
-
-
-class Deliver(msgspec.Struct):
-    """Hand these to whoever waits for them, in order."""
-
-    packets: list[Any]
-
-
-class Disconnect(msgspec.Struct):
-    """The transport is gone, though it has not said so: close it."""
-
-
-class PeerLost(msgspec.Struct):
-    """The session is over: close the transport. Said once; nothing is delivered afterwards."""
-
-    reason: str
-
-
-Instruction: TypeAlias = Transmit | Deliver | Disconnect | PeerLost
 
 
 class LinkState:
@@ -167,7 +85,8 @@ class LinkState:
         now: The time.
         lease_s: Silence that lasts longer is the peer's loss.
         resend_bytes: So much is kept for an end that has not acknowledged it.
-        beat_s: Something is said at least so often; None: the transport tells of its end.
+        beat_s: The end that connects says something at least so often, and is answered; None: the transport tells of
+            its end.
         silence_s: With beats, a transport over which nothing has come for so long is taken for gone.
     """
 
@@ -213,9 +132,12 @@ class LinkState:
         self._said_at = now
         #: Since when the transport has been there.
         self._connected_at = now
-        #: The clock of the other end, and of this one, as its last Ack gave them.
+        #: The clock of the other end, as its last Ack gave it.
         self._peer_clock = 0.0
+        #: What was said then, on this end's clock, has certainly been heard.
         self.proven_at = now
+        #: It has said what its clock shows, and waits to have that back.
+        self._must_answer = False
         #: When it is to be told the rest, or None.
         self._ack_due: float | None = None
         #: When the cut has lasted too long; None in UP and LOST.
@@ -285,6 +207,11 @@ class LinkState:
         assert self.state != LOST or not self._kept
 
     @property
+    def is_established(self) -> bool:
+        """Whether the other end has ever been heard."""
+        return bool(self._peer)
+
+    @property
     def outstanding(self) -> int:
         """Number of packets that the other end is not known to have."""
         return len(self._kept)
@@ -297,10 +224,16 @@ class LinkState:
     def _silent_due(self) -> float | None:
         if self._beat_s is None or self.state not in (GREETING, UP):
             return None
-        return max(self.heard_at, self._connected_at) + self._silence_s
+        due = max(self.heard_at, self._connected_at) + self._silence_s
+        if self._connects and self.state == UP:
+            due = min(due, self.proven_at + UNHEARD_SILENCES * self._silence_s)
+        return due
 
     def _beat_due(self) -> float | None:
-        return self._said_at + self._beat_s if self._beat_s is not None and self.state == UP else None
+        if self._beat_s is None or self.state != UP:
+            return None
+        # The end that connects asks, and the other one answers: it speaks by itself when it is not asked.
+        return self._said_at + self._beat_s * (1.0 if self._connects else 1.5)
 
     # Events
 
@@ -382,6 +315,8 @@ class LinkState:
             self._lose(f"it has forgotten what it had received after packet {frame.received}")
             return
         self._peer = frame.sender
+        if self._connects:
+            self.proven_at = max(self.proven_at, self._connected_at)  # it answers what was said then
         self._acked = self._received
         self._unacked_bytes = 0
         self._forget_up_to(frame.received)
@@ -429,6 +364,9 @@ class LinkState:
             raise RemoteProtocolError(f"an echo of {frame.echo} at {self._now}")
         self.proven_at = max(self.proven_at, frame.echo)
         self._peer_clock = frame.sent_at
+        if not self._connects and self._beat_s is not None:
+            # Not each acknowledgement of many: packets tell as much.
+            self._must_answer = self._said_at + self._beat_s / 2 <= self._now
         kept = self._kept
         sent_at = next((at for seq, _, _, at in kept if seq == frame.received), None) if kept else None
         self._forget_up_to(frame.received)
@@ -461,13 +399,16 @@ class LinkState:
             raise RemoteProtocolError(f"it has received packet {received} of {self._last_seq}")
         kept = self._kept
         while kept and kept[0][0] <= received:
-            self._kept_bytes -= kept.popleft()[2]
+            _, _, packet_bytes, sent_at = kept.popleft()
+            self._kept_bytes -= packet_bytes
+            self.proven_at = max(self.proven_at, sent_at)
 
     def _acknowledge(self) -> None:
         """Say what was received, or that this end is there, if it is time."""
-        beat_due, much = self._beat_due(), self._received - self._acked >= ACK_AFTER_PACKETS
-        much = (much or self._unacked_bytes >= ACK_AFTER_BYTES) and self._ack_due is not None
-        if much or any(due is not None and due <= self._now for due in (self._ack_due, beat_due)):
+        much = self._received - self._acked >= ACK_AFTER_PACKETS or self._unacked_bytes >= ACK_AFTER_BYTES
+        due = [due for due in (self._ack_due, self._beat_due()) if due is not None and due <= self._now]
+        if self._must_answer or due or (much and self._ack_due is not None):
+            self._must_answer = False
             self._said_at = self._now
             received = self._take_acked()
             held_s = self._now - self._received_at
@@ -478,6 +419,7 @@ class LinkState:
         self._kept.clear()
         self._kept_bytes = 0
         self._lease_due = self._ack_due = None
+        self._must_answer = False
         self._out.append(PeerLost(reason))
 
 
@@ -543,3 +485,27 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "LEASE_DUE": forbidden,
     },
 }
+
+__all__ = [
+    "EVENTS",
+    "STATES",
+    "TABLE",
+    "Ack",
+    "Arrived",
+    "Connected",
+    "Data",
+    "Deliver",
+    "Disconnect",
+    "Disconnected",
+    "Event",
+    "Frame",
+    "Greeting",
+    "Hold",
+    "Instruction",
+    "Leaving",
+    "LinkState",
+    "Outgoing",
+    "PeerLost",
+    "Tick",
+    "Transmit",
+]

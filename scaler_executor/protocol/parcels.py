@@ -22,6 +22,7 @@ from scaler_executor.protocol.messages import (
     AgentCapacity,
     AgentConfirm,
     AgentResult,
+    CancelKind,
     ClientGone,
     ClientLimit,
     ClientLimited,
@@ -250,27 +251,48 @@ class Outbox:
         self._waiting = left
 
     def _abandon(self, cancel: TaskCancel) -> None:
-        """Do not send the payloads of tasks that are cancelled. They go without, for their order: the cancel follows at
-        once, and what does not heed it finds nothing to call."""
-        numbers = {row[0] for row in cancel.cancels}
+        """Do not send what is cancelled. The cancel follows at once.
+
+        What a client has not submitted is not submitted at all, so its cancel waits for nothing: it is not found. An
+        agent has to answer for each task, so it gets a call without its payload, but only if the cancel is one that
+        stops what runs: a call that runs on must have its payload.
+        """
+        every = {row[0] for row in cancel.cancels}
+        forced = {row[0] for row in cancel.cancels if row[2] == CancelKind.FORCED}
+        left: list[_Waiting] = []
         for waiting in self._waiting:
             message = waiting.message
-            if not isinstance(message, (TaskSubmit, TaskRun)) or len(message.tasks) != 1:
-                continue
-            if message.tasks[0][0] not in numbers or not isinstance(message.tasks[0][-1], Frames):
-                continue
-            begun = [*waiting.sent, waiting.blobs[0][0]] if waiting.at else waiting.sent
-            for blob in begun:
-                self._append(Packet([b""], blob, True))
-            waiting.sent = []
-            self.pending_bytes -= waiting.sizes
-            message.tasks[0] = (*message.tasks[0][:-1], b"")
-            waiting.blobs.clear()
-            waiting.at = 0
-            header, frames = self._encoder.encode(message)
-            parts = [header, *frames]
-            self._fill(waiting, parts, [index for index, part in enumerate(parts) if len(part) > PIECE_BYTES])
+            if isinstance(message, TaskSubmit) and not every.isdisjoint(waiting.keys.tasks):
+                message = TaskSubmit(
+                    [row for row in message.tasks if row[0] not in every],
+                    message.functions,
+                    message.forget,
+                    message.parent,
+                )
+                self._replace(waiting, message)
+                if not (message.tasks or message.functions or message.forget):
+                    self.pending_bytes -= waiting.sizes
+                    continue
+            elif isinstance(message, TaskRun) and len(message.tasks) == 1 and message.tasks[0][0] in forced:
+                row = message.tasks[0]
+                if isinstance(row[-1], Frames):
+                    self._replace(waiting, TaskRun([(*row[:-1], b"")], message.functions, message.forget))
+            left.append(waiting)
+        self._waiting = left
         self._release()
+
+    def _replace(self, waiting: _Waiting, message: TaskSubmit | TaskRun) -> None:
+        """Have `message` sent instead of one that has not been sent whole."""
+        begun = [*waiting.sent, waiting.blobs[0][0]] if waiting.at else waiting.sent
+        for blob in begun:
+            self._append(Packet([b""], blob, True))
+        self.pending_bytes -= waiting.sizes
+        waiting.sent, waiting.at = [], 0
+        waiting.blobs.clear()
+        waiting.message, waiting.keys = message, _Keys(message)
+        header, frames = self._encoder.encode(message)
+        parts = [header, *frames]
+        self._fill(waiting, parts, [index for index, part in enumerate(parts) if len(part) > PIECE_BYTES])
 
 
 def _split(message: Message) -> list[Message]:

@@ -393,6 +393,8 @@ class AgentHost:
         )
         self._dialer.send(self._hello())
         self._is_up = False
+        #: Since when it is not known that the scheduler hears this machine, as the agent has been told; None: it hears.
+        self._unheard_since: float | None = self._dialer.session.link.proven_at
         #: Whether the reason why there is no connection has been said.
         self._said = ""
         _watch_ends(self.loop, self.drain, self.stop)
@@ -446,15 +448,25 @@ class AgentHost:
             if is_up:
                 self._said = ""
                 self._say(f"connected to {self._address}")
-                self._agent.handle(agent_protocol.SchedulerBack())
-            else:
-                unheard_s = monotonic() - self._dialer.session.link.proven_at
-                self._agent.handle(agent_protocol.SchedulerLost(unheard_s))
+        self._watch_link()
         if self._has_left and (self._dialer.is_idle or not is_up):
             self.loop.stop()
 
+    def _watch_link(self) -> None:
+        """Tell the agent whether the scheduler hears this machine: one that hears us no more may still be heard."""
+        session_link = self._dialer.session.link
+        now = monotonic()
+        if session_link.state == link.UP and now < session_link.proven_at + link.SILENCE_S:
+            if self._unheard_since is not None:
+                self._unheard_since = None
+                self._agent.handle(agent_protocol.SchedulerBack())
+        elif self._unheard_since != session_link.proven_at:
+            self._unheard_since = session_link.proven_at
+            self._agent.handle(agent_protocol.SchedulerLost(now - session_link.proven_at))
+
     def _next_deadline(self) -> float | None:
-        deadlines = (self._agent.next_deadline(), self._dialer.next_deadline(), self._end_by)
+        unheard_at = self._dialer.session.link.proven_at + link.SILENCE_S if self._unheard_since is None else None
+        deadlines = (self._agent.next_deadline(), self._dialer.next_deadline(), self._end_by, unheard_at)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _on_deadline(self) -> None:
@@ -477,6 +489,7 @@ class AgentHost:
     def _on_lost(self, reason: str) -> None:
         self._say(f"the cluster has forgotten this machine ({reason}); it joins again")
         self._is_up = False
+        self._unheard_since = self._dialer.session.link.proven_at
         self._dialer.send(self._hello())  # before all that the agent has to say
         self._agent.handle(agent_protocol.NewEpoch())
         if self._is_leaving:

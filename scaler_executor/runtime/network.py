@@ -36,6 +36,15 @@ HANDSHAKE_S: Final = 5.0
 #: Pauses between attempts to connect: at first, at most. Each is drawn at random up to its length.
 RECONNECT_S: Final = 0.1
 MAX_RECONNECT_S: Final = 5.0
+#: For so long after the other end was last heard, when an agent's calls may still be saved, attempts are short and
+#: follow each other closely: connecting, the handshake and the pause take at most so long.
+HURRY_S: Final = 10.0
+HURRIED_CONNECT_S: Final = 1.0
+HURRIED_HANDSHAKE_S: Final = 2.0
+HURRIED_RECONNECT_S: Final = 0.3
+#: A transport over which a peer has not answered for so long is closed: its end may never be told otherwise.
+HEARTBEAT_S: Final = 10.0
+HEARTBEAT_TIMEOUT_S: Final = 30.0
 #: So many messages are read of the network before something else has its turn.
 TURN_MESSAGES: Final = 200
 #: A peer whose messages are not read so quickly waits when so many are here, and is not read any further.
@@ -205,6 +214,8 @@ class Listener:
             self._router.setsockopt(zmq.BACKLOG, 1024)
             self._router.setsockopt(zmq.RCVHWM, UNREAD_MESSAGES)
             self._router.setsockopt(zmq.SNDHWM, UNSENT_MESSAGES)
+            self._router.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
+            self._router.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(HEARTBEAT_TIMEOUT_S * 1000))
             self._router.setsockopt(zmq.IPV6, int("[" in address))
             self._router.bind(address)
         except BaseException:
@@ -249,6 +260,8 @@ class Listener:
 
     def on_deadline(self) -> None:
         """Look after the sessions whose time has come."""
+        while self.drain():
+            pass  # what came while this process was busy counts
         now = monotonic()
         while self._due and self._due[0][0] <= now:
             _, _, peer = heapq.heappop(self._due)
@@ -472,8 +485,9 @@ class Dialer:
 
     def on_deadline(self) -> None:
         """Do what is due."""
-        now = monotonic()
-        if self._retry_at is not None and self._retry_at <= now:
+        while self.drain():
+            pass  # what came while this process was busy counts
+        if self._retry_at is not None and self._retry_at <= monotonic():
             self._connect()
         self._feed(link.Tick())
 
@@ -511,13 +525,22 @@ class Dialer:
         self._disconnect()
         self._context.term()
 
+    @property
+    def _is_in_hurry(self) -> bool:
+        link = self.session.link
+        return link.is_established and monotonic() < link.heard_at + HURRY_S
+
     def _connect(self) -> None:
         self._retry_at = None
         sock = self._socket = self._context.socket(zmq.DEALER)
         _set_options(sock, self._keys)
         sock.curve_serverkey = self._server_key
         sock.setsockopt(zmq.RECONNECT_IVL, -1)
-        sock.setsockopt(zmq.CONNECT_TIMEOUT, int(HANDSHAKE_S * 1000))
+        connect_s, handshake_s = HANDSHAKE_S, HANDSHAKE_S
+        if self._is_in_hurry:
+            connect_s, handshake_s = HURRIED_CONNECT_S, HURRIED_HANDSHAKE_S
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, int(connect_s * 1000))
+        sock.setsockopt(zmq.HANDSHAKE_IVL, int(handshake_s * 1000))
         sock.setsockopt(zmq.IPV6, int("[" in self._address))
         self._monitor = sock.get_monitor_socket()
         for each in (sock, self._monitor):
@@ -553,7 +576,8 @@ class Dialer:
         was_connected = self._is_connected
         self._disconnect()
         self._failures += 1
-        pause_s = min(MAX_RECONNECT_S, RECONNECT_S * 2 ** min(self._failures - 1, 10))
+        longest_s = HURRIED_RECONNECT_S if self._is_in_hurry else MAX_RECONNECT_S
+        pause_s = min(longest_s, RECONNECT_S * 2 ** min(self._failures - 1, 10))
         self._retry_at = monotonic() + pause_s * random.uniform(0.5, 1.0)
         if was_connected:
             self._feed(link.Disconnected())
@@ -564,7 +588,8 @@ class Dialer:
             # One that is just being stopped, say, ends handshakes too.
             self._refusals += 1
             reason = "whoever listens there has another key, or is no scaler-executor"
-            self._on_failed(reason, self._refusals >= 3)
+            # Nor does it say anything about a session that has been let in: what stands in between may end them.
+            self._on_failed(reason, self._refusals >= 3 and not self.session.link.is_established)
         else:
             self._on_failed("nobody answers there", False)
 

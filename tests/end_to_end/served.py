@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -46,11 +47,11 @@ class Output:
 
 
 class Process:
-    """A `scaler-executor` command that runs."""
+    """A `scaler-executor` command that runs, behind the words of another command if there are some."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str], before: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*before, *COMMAND, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -139,13 +140,17 @@ class Served:
         import json
 
         told = subprocess.run(
-            [*COMMAND, "status", "--json", str(self.connection)],
+            [*self.status_command(), "status", "--json", str(self.connection)],
             env=self.environment,
             capture_output=True,
             timeout=DEADLINE_S,
             check=True,
         )
         return json.loads(told.stdout)  # type: ignore[no-any-return]
+
+    def status_command(self) -> list[str]:
+        """Return the command, as it is run where the scheduler can be reached."""
+        return COMMAND
 
     def stop(self) -> int:
         """Have the scheduler drain; return its exit code."""

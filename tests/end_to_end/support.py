@@ -285,10 +285,16 @@ class Client:
     """A script of its own process, which can be killed."""
 
     def __init__(
-        self, source: str, *arguments: object, directory: Path, how: str = "file", flags: Iterable[str] = ()
+        self,
+        source: str,
+        *arguments: object,
+        directory: Path,
+        how: str = "file",
+        flags: Iterable[str] = (),
+        before: Iterable[str] = (),
     ) -> None:
         self.arguments = [str(argument) for argument in arguments]
-        command = [sys.executable, *flags]
+        command = [*before, sys.executable, *flags]
         stdin: Any = subprocess.DEVNULL
         if how == "file":
             path = directory / f"client_{len(list(directory.glob('client_*')))}.py"

@@ -590,3 +590,20 @@ def note_twice(journal: Journal) -> None:
     journal.write("begin")
     time.sleep(0.001)
     journal.write("end")
+
+
+def hold_and_make(started: Fifo, gate: Fifo, size: int) -> bytes:
+    """Say that it runs, wait until the test opens the gate, and return so many bytes."""
+    hold(started, gate)
+    return b"x" * size
+
+
+def write_beats(journal: Journal, number: int) -> None:
+    """Write that it runs, again and again."""
+    while True:
+        journal.write("beat", number)
+        time.sleep(0.005)
+
+
+def length(value: bytes) -> int:
+    return len(value)

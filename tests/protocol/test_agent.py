@@ -920,6 +920,18 @@ def test_short_cut():
     assert state.tick(FENCE_S) == []
 
 
+def test_fence_counts_from_when_it_was_heard():
+    """The time in which nobody heard the agent counts, and no longer when it turns out to be less."""
+    state = running()
+    state.tick(LOOK_S)
+    state.on(SchedulerLost(unheard_s=5.0))
+    assert state.next_deadline() == LOOK_S + FENCE_S - 5.0
+    state.on(SchedulerLost(unheard_s=1.0))
+    assert state.next_deadline() == LOOK_S + FENCE_S - 1.0
+    assert type(state.tick(FENCE_S)[0]) is Freeze
+    assert state.on(SchedulerLost(unheard_s=1.0)) == [] and state.next_deadline() is None
+
+
 def test_fence():
     """An agent that is cut off stops its calls before the scheduler may start them elsewhere."""
     state = two_held()

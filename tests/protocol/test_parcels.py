@@ -1,332 +1,435 @@
-"""Messages in pieces: what a peer that keeps to the rules sends comes out whole, and what another one sends costs it
-little more than its own bytes."""
+"""Large payloads in pieces: everything arrives, in the order that matters, and nothing else waits for it."""
 
-import tracemalloc
+from collections import defaultdict
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaler_executor.protocol import link, parcels, wire
-from scaler_executor.protocol.codec import MAX_FRAMES, Decoder, Encoder, RemoteProtocolError
+from scaler_executor.protocol.codec import Decoder, RemoteProtocolError
 from scaler_executor.protocol.messages import (
+    AgentCapacity,
+    AgentConfirm,
     AgentResult,
+    Bye,
+    CancelKind,
+    ClientGone,
+    ClientLimit,
     Frames,
-    FromPeerMessage,
     Function,
+    Message,
     TaskCancel,
     TaskResult,
     TaskRun,
+    TaskRunning,
     TaskSubmit,
 )
-from scaler_executor.protocol.parcels import GROUP_FRAMES, PIECE_BYTES, Inbox, Outbox, Packet
+from scaler_executor.protocol.parcels import PIECE_BYTES, Inbox, Outbox, Packet
 
-LARGE = bytes(range(256)) * 1000
-#: What an honest peer's bytes may grow to in memory: rows of small numbers grow most.
-GROWTH = 60
-OVERHEAD_BYTES = 20_000
-DECODE_ANY = Decoder(TaskSubmit | TaskRun | TaskResult | AgentResult | TaskCancel).decode
-NUMBER = st.integers(0, 5) | st.sampled_from([-1, -5, 1 << 40, (1 << 63) - 1, (1 << 64) - 1, -(1 << 63)])
-
-
-def carry(*sent):
-    """Return what comes out at the other end when these messages are sent, decoded as what they are."""
-    outbox, inbox = Outbox(), Inbox()
-    for message in sent:
-        outbox.put(message)
-    came = []
-    while (packet := outbox.take()) is not None:
-        frame = wire.decode_frame([bytes(part) for part in wire.encode_frame(link.Data(1, 1, 0, packet))])
-        whole = inbox.put(frame.packet)
-        if whole is not None:
-            came.append(DECODE_ANY(*whole))
-    assert not outbox.pending_bytes
-    return came
+ANY = Decoder(
+    AgentCapacity
+    | AgentConfirm
+    | AgentResult
+    | Bye
+    | ClientGone
+    | ClientLimit
+    | TaskCancel
+    | TaskResult
+    | TaskRun
+    | TaskRunning
+    | TaskSubmit
+)
 
 
-# What keeps to the rules
+class Way:
+    """An outbox and the inbox at the other end."""
+
+    def __init__(self):
+        self.outbox, self.inbox = Outbox(), Inbox()
+        self.arrived: list[Message] = []
+        #: Of each packet: the blob that it is a piece of, 0 for a message.
+        self.pieces: list[int] = []
+
+    def put(self, *messages):
+        for message in messages:
+            self.outbox.put(message)
+
+    def move(self, packets=10**9):
+        """Carry so many packets. Return the messages that came with them."""
+        arrived = []
+        while packets and (packet := self.outbox.take()) is not None:
+            packets -= 1
+            self.pieces.append(packet.piece_of)
+            if (parts := self.inbox.put(packet)) is not None:
+                arrived.append(ANY.decode(*parts))
+        self.arrived += arrived
+        return arrived
+
+    def check_over(self):
+        assert self.outbox.pending_bytes == 0 and not self.outbox._waiting and not self.outbox._ready
+        assert not self.inbox._blobs and self.inbox._bytes == 0
 
 
-@pytest.mark.parametrize("kind", [TaskSubmit, TaskRun, TaskResult, AgentResult], ids=lambda kind: kind.__name__)
-def test_many_small_buffers_of_many_calls(kind):
-    """Calls, each within the limit of frames, may stand behind one another: no message gets more frames than it may."""
-    payload = Frames([b"x"] * 10_000)
-    rows = {
-        TaskSubmit: [(no, 1, 0, payload) for no in range(1, 21)],
-        TaskRun: [(no, 1, 1, 1, 0, 0, payload) for no in range(1, 21)],
-        TaskResult: [(no, 0, 1, 0, payload) for no in range(1, 21)],
-        AgentResult: [(no, 1, 0, 1, 0, payload) for no in range(1, 21)],
-    }[kind]
-    came = carry(kind(list(rows)))
-    assert len(came) == 20
-    assert [row for message in came for row in (getattr(message, "tasks", None) or message.results)] == rows
+def large(pieces=4, fill=b"x"):
+    return Frames([fill, bytearray(fill * PIECE_BYTES * pieces)])
 
 
-def test_many_small_buffers_of_functions():
-    """The same for functions, which go before the calls."""
-    functions = [Function(number, "f", Frames([b"x"] * 12_000)) for number in range(1, 9)]
-    came = carry(TaskSubmit([(1, 1, 8, b"a")], list(functions)))
-    assert [function for message in came for function in message.functions] == functions
-    assert came[-1].tasks == [(1, 1, 8, b"a")]
+def run(task_id, payload=b"", client_id=1, function_id=1):
+    return TaskRun([(task_id, 1, client_id, 1, 0, function_id, payload)])
 
 
-@pytest.mark.parametrize("count", [GROUP_FRAMES, GROUP_FRAMES + 1, MAX_FRAMES])
-def test_as_many_buffers_as_may_be(count):
-    """One call may have all the frames of a message."""
-    payload = Frames([b"x"] * count)
-    rows = [(1, 1, 0, payload), (2, 1, 0, b"y")]
-    assert [row for message in carry(TaskSubmit(list(rows))) for row in message.tasks] == rows
+def submit(no, payload=b""):
+    return TaskSubmit([(no, 1, 1, payload)])
 
 
-@settings(max_examples=60, deadline=None)
+def cancel(task_id, kind=CancelKind.FORCED):
+    return TaskCancel([(task_id, 1, int(kind))])
+
+
+def same(left, right):
+    def plain(value):
+        if isinstance(value, Frames):
+            return [bytes(buffer) for buffer in value.buffers]
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        if hasattr(value, "__struct_fields__"):
+            return [type(value), *(plain(getattr(value, name)) for name in value.__struct_fields__)]
+        return value
+
+    return plain(left) == plain(right)
+
+
+def test_small_is_one_packet():
+    """What is small goes at once, as it is, encoded or not."""
+    way = Way()
+    way.put(submit(1, b"a"))
+    assert way.outbox.put_encoded(*way.outbox._encoder.encode(submit(2, b"b")))
+    assert way.move() == [submit(1, b"a"), submit(2, b"b")]
+    assert way.pieces == [0, 0]
+    way.check_over()
+
+
+def test_large_goes_in_pieces():
+    """A large payload goes ahead in pieces, and its message follows."""
+    way = Way()
+    way.put(run(1, large(4)))
+    assert way.move(4) == []
+    (message,) = way.move()
+    assert same(message, run(1, large(4)))
+    assert way.pieces == [1, 1, 1, 1, 0]
+    way.check_over()
+
+
+def test_large_header():
+    """A header that is large goes in pieces too."""
+    way = Way()
+    rows = [(no, 1, 1, b"x" * 1000) for no in range(1, 500)]
+    way.put(TaskSubmit(rows))
+    assert way.move() == [TaskSubmit(rows)] and len(way.pieces) == 9
+    way.check_over()
+
+
+def test_encoded_must_be_known_while_others_wait():
+    """What is large, or may have to wait behind what is large, is not taken unseen."""
+    outbox = Outbox()
+    header, frames = outbox._encoder.encode(submit(1, large()))
+    assert not outbox.put_encoded(header, frames)
+    outbox.put(submit(1, large()))
+    assert not outbox.put_encoded(*outbox._encoder.encode(cancel(7)))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "message", "overtakes"),
+    [
+        (run(1, large()), run(2), True),
+        (run(1, large()), run(2, client_id=2), True),
+        (run(1, large()), cancel(2), True),
+        (run(1, large()), AgentCapacity(1, 1), True),
+        (run(1, large()), TaskRun([(2, 1, 1, 1, 0, 2, b"")], [(1, Function(2, "f", b""))]), False),
+        (run(1, large()), TaskRun([(2, 1, 2, 1, 0, 2, b"")], [(2, Function(2, "f", b""))]), True),
+        (run(1, large()), ClientGone(1), False),
+        (run(1, large()), ClientGone(2), True),
+        (run(1, large()), ClientLimit(1, 0, None, 1), False),
+        (run(1, large()), cancel(1, CancelKind.RECALL), False),
+        (run(1, large()), Bye(), False),
+        (TaskRun([], [(1, Function(1, "f", large()))]), run(1), False),
+        (TaskRun([], [(1, Function(1, "f", large()))]), run(1, client_id=2), True),
+        (submit(1, large()), submit(2), False),
+        (submit(1, large()), cancel(2), True),
+        (submit(1, large()), Bye(), False),
+        (TaskResult([(1, 0, 1, 0, large())]), TaskResult([(2, 0, 1, 0, b"")]), True),
+        (TaskResult([(1, 0, 1, 0, large())]), TaskResult([(1, 1, 1, 0, b"")]), False),
+        (TaskResult([(1, 0, 1, 0, large())]), TaskRunning([1]), False),
+        (AgentResult([(1, 1, 0, 1, 0, large())]), AgentConfirm([(2, 1, 1, 0, 0)]), True),
+        (AgentResult([(1, 1, 0, 1, 0, large())]), AgentConfirm([(1, 1, 1, 0, 0)]), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Message) else str(value),
+)
+def test_what_overtakes(waiting, message, overtakes):
+    """What has nothing to do with a message in pieces overtakes it, and nothing else does."""
+    way = Way()
+    way.put(waiting)
+    way.move(1)
+    way.put(message)
+    assert (way.move(1) == [message]) is overtakes
+    way.move()
+    assert len(way.arrived) == 2 and same(way.arrived[1 if not overtakes else 0], message)
+    way.check_over()
+
+
+def test_rows_are_told_apart():
+    """Small rows do not wait for a large one of the same message, except in a client's submit, which is in order."""
+    way = Way()
+    rows = [(1, 1, 1, 1, 0, 1, b"a"), (2, 1, 1, 1, 0, 1, large()), (3, 1, 1, 1, 0, 1, b"c")]
+    way.put(TaskRun(rows))
+    way.move()
+    assert [[row[0] for row in message.tasks] for message in way.arrived] == [[1], [3], [2]]
+    way.put(TaskSubmit([(row[0], 1, 1, row[-1]) for row in rows]))
+    assert [[row[0] for row in message.tasks] for message in way.move()] == [[1], [2], [3]]
+    way.check_over()
+
+
+def test_functions_go_before_their_calls():
+    """A large function, or one that a large call needs, comes first."""
+    way = Way()
+    function = Function(1, "f", large(2))
+    way.put(TaskSubmit([(1, 1, 1, large())], [function], forget=[9]))
+    first, second, third = way.move()
+    assert first.functions[0].function_id == 1 and second.tasks[0][0] == 1 and third.forget == [9]
+    way.check_over()
+
+
+def test_pieces_take_turns():
+    """Of several large messages each has its turn: a short one does not wait for a long one."""
+    way = Way()
+    way.put(run(1, large(50)), run(2, large(3)))
+    way.move(10)
+    assert [message.tasks[0][0] for message in way.arrived] == [2]
+    assert way.pieces.count(1) in (3, 4, 5, 6)
+    way.move()
+    way.check_over()
+
+
+def test_cancelled_submit_is_withdrawn():
+    """What is cancelled before it was submitted is not submitted, whether begun or waiting, and the cancel goes at
+    once."""
+    way = Way()
+    way.put(submit(1, large(50)), TaskSubmit([(2, 1, 1, b""), (3, 1, 1, b"")]), submit(4, large()))
+    way.move(5)
+    for no in (2, 4):
+        for kind in CancelKind.SOFT, CancelKind.FORCED:
+            way.put(cancel(no, kind))
+            assert way.move(1) == [cancel(no, kind)]
+    way.put(cancel(1))
+    assert way.move() == [TaskSubmit([(3, 1, 1, b"")]), cancel(1)]
+    way.check_over()
+
+
+def test_withdrawn_submit_leaves_its_function():
+    """The function of a withdrawn call may be needed by a later one, and arrives."""
+    way = Way()
+    way.put(TaskSubmit([(1, 1, 1, large())], [Function(1, "f", large(2))]), submit(2))
+    way.move(1)
+    way.put(cancel(1))
+    way.move()
+    assert [type(message) for message in way.arrived] == [TaskCancel, TaskSubmit, TaskSubmit]
+    assert way.arrived[1].functions[0].function_id == 1 and way.arrived[2] == submit(2)
+    way.check_over()
+
+
+@pytest.mark.parametrize("begun", [0, 2, 4])
+def test_run_that_is_stopped_goes_without_payload(begun):
+    """An agent has to answer for a call that is cancelled by force: it gets it without the payload."""
+    way = Way()
+    way.put(run(1, large(50)))
+    way.move(begun)
+    way.put(cancel(1))
+    assert way.move() == [run(1), cancel(1)]
+    assert way.outbox.pending_bytes == 0
+    way.check_over()
+
+
+@pytest.mark.parametrize("kind", [CancelKind.RECALL, CancelKind.SOFT])
+def test_run_that_may_run_on_keeps_its_payload(kind):
+    """A recall, or a soft cancel, may find the call running: it has its payload then."""
+    way = Way()
+    way.put(run(1, large(5)))
+    way.move(2)
+    way.put(cancel(1, kind))
+    first, second = way.move()
+    assert same(first, run(1, large(5))) and second == cancel(1, kind)
+    way.check_over()
+
+
+def test_forced_after_soft():
+    """A forced cancel behind a soft one that waits lets both go."""
+    way = Way()
+    way.put(run(1, large(50)))
+    way.move(2)
+    way.put(cancel(1, CancelKind.SOFT), cancel(1))
+    assert way.move() == [run(1), cancel(1, CancelKind.SOFT), cancel(1)]
+    way.check_over()
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [Packet([b"a", b"b"], 1)],
+        [Packet([], 1)],
+        [Packet([b"a"], -1)],
+        [Packet([b"a"], 1, False, [(0, 1)])],
+        [Packet([b"a"], 1, True), Packet([b"b"], 1)],
+        [Packet([b"a"], 1), Packet([b"head"], 0, False, [(1, 1)])],
+        [Packet([b"head"], 0, False, [(1, 1)])],
+        [Packet([b"a"], 1, True), Packet([b"head"], 0, False, [(3, 1)])],
+        [Packet([])],
+        [Packet([b"x" * 11], 1)],
+    ],
+    ids=[
+        "a piece of two parts",
+        "a piece of none",
+        "a negative blob",
+        "a piece with blobs",
+        "a blob twice",
+        "an unfinished blob",
+        "a missing blob",
+        "a blob nowhere",
+        "no parts",
+        "too much",
+    ],
+)
+def test_broken_protocol(packets):
+    """What does not fit together is refused."""
+    inbox = Inbox(max_bytes=10)
+    with pytest.raises(RemoteProtocolError):
+        for packet in packets:
+            inbox.put(packet)
+
+
+def test_given_up_blob_is_let_go():
+    """The receiver keeps nothing of what was given up, finished or not."""
+    inbox = Inbox()
+    for last in (False, True):
+        assert inbox.put(Packet([b"abc"], 7, last)) is None
+        assert inbox.put(Packet([b""], 7, True)) is None
+    assert not inbox._blobs and inbox._bytes == 0
+
+
+# Any sequence
+
+sizes = st.sampled_from([0, 10, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES, 20 * PIECE_BYTES])
+
+
+def payload_of(size):
+    return b"x" * size if size <= PIECE_BYTES else Frames([b"head", bytearray(size)])
+
+
+class Numbers:
+    """Draws messages whose order can be told at the other end."""
+
+    def __init__(self):
+        self.last = 0
+
+    def next(self, step=1):
+        self.last += step
+        return self.last
+
+
+runs = st.tuples(
+    st.just("run"), st.lists(st.tuples(st.integers(1, 3), sizes), min_size=1, max_size=4), st.integers(0, 3)
+)
+submits = st.tuples(st.just("submit"), st.lists(sizes, min_size=1, max_size=4), sizes)
+results = st.tuples(st.just("result"), st.lists(st.tuples(st.integers(1, 4), sizes), min_size=1, max_size=4))
+others = st.tuples(st.just("other"), st.sampled_from([Bye(), ClientGone(1), ClientGone(2), AgentCapacity(3, 3)]))
+moves = st.tuples(st.just("move"), st.integers(1, 30))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(runs, results, others, moves), max_size=25))
+def test_everything_arrives_in_order(steps):
+    """Whatever is sent arrives, whole and once; what is about one task or one client is in order, and so is whatever a
+    barrier stands between."""
+    way, counter = Way(), Numbers()
+    sent, sizes_sent = defaultdict(list), {}
+    barrier = 0
+    for kind, *details in steps:
+        if kind == "move":
+            way.move(details[0])
+        elif kind == "run":
+            rows, function_of = details
+            message = TaskRun([(counter.next(), 1, client, 1, 0, 1, payload_of(size)) for client, size in rows])
+            if function_of:
+                message.functions = [(function_of, Function(counter.next(), "f", b""))]
+            for (client, size), row in zip(rows, message.tasks, strict=True):
+                sent["calls of", client].append(row[0])
+                sizes_sent[row[0]] = size
+            way.put(message)
+        elif kind == "result":
+            message = TaskResult([(task, counter.next(), 1, 0, payload_of(size)) for task, size in details[0]])
+            for (task, size), row in zip(details[0], message.results, strict=True):
+                sent["results of", task].append(row[1])
+                sizes_sent[row[1]] = size
+            way.put(message)
+        else:
+            barrier += isinstance(details[0], Bye)
+            way.put(details[0])
+        assert way.outbox.pending_bytes >= 0
+    way.move()
+    way.check_over()
+    got = defaultdict(list)
+    for message in way.arrived:
+        if isinstance(message, TaskRun):
+            for row in message.tasks:
+                got["calls of", row[2]].append(row[0])
+                assert (len(row[-1]) if row[-1] else 0) in (sizes_sent[row[0]], sizes_sent[row[0]] + 4)
+        elif isinstance(message, TaskResult):
+            for row in message.results:
+                got["results of", row[0]].append(row[1])
+                assert (len(row[-1]) if row[-1] else 0) in (sizes_sent[row[1]], sizes_sent[row[1]] + 4)
+    assert sum(isinstance(message, Bye) for message in way.arrived) == barrier
+    for key, numbers in sent.items():
+        # Calls of a client are told apart by their numbers: at an agent they may overtake each other.
+        assert got[key] == numbers if key[0] == "results of" else sorted(got[key]) == numbers
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    payloads=st.lists(
-        st.binary(max_size=20)
-        | st.lists(st.sampled_from([b"", b"x", LARGE, LARGE[: PIECE_BYTES + 1]]), min_size=1, max_size=4).map(Frames),
-        min_size=1,
-        max_size=6,
+    st.lists(
+        st.one_of(
+            submits, moves, st.tuples(st.just("cancel"), st.integers(0, 10**6), st.sampled_from(list(CancelKind)))
+        ),
+        max_size=25,
     )
 )
-def test_whatever_is_sent_comes(payloads):
-    """All rows come, once, whole and in order."""
-    rows = [(no, 1, 0, payload) for no, payload in enumerate(payloads, 1)]
-    came = carry(TaskSubmit(list(rows)), TaskCancel([]), TaskSubmit([(99, 1, 0, b"z")]))[:-1]
-    assert [row for message in came if type(message) is TaskSubmit for row in message.tasks] == rows
-
-
-# What does not
-
-
-PACKET = st.builds(
-    Packet,
-    st.lists(st.binary(max_size=5), max_size=3),
-    NUMBER,
-    st.booleans(),
-    st.lists(st.tuples(NUMBER, NUMBER), max_size=3),
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(packets=st.lists(PACKET, max_size=30))
-def test_packets_that_do_not_fit_together(packets):
-    """Whatever packets come, they are messages, pieces or RemoteProtocolError, and what is kept is counted."""
-    inbox = Inbox(max_bytes=40)
-    for packet in packets:
-        try:
-            whole = inbox.put(packet)
-        except RemoteProtocolError:
-            break
-        assert whole is None or (whole[0] is not None and len(whole[1]) <= MAX_FRAMES)
-        assert inbox._bytes == sum(map(len, inbox._blobs.values())) <= 40
-
-
-@pytest.mark.parametrize(
-    "packet",
-    [
-        Packet([]),
-        Packet([b"x"], -1),
-        Packet([b"x", b"y"], 1),
-        Packet([], 1),
-        Packet([b"x"], 1, False, [(0, 1)]),
-        Packet([b"x"], 0, False, [(0, 7)]),
-        Packet([b"x"], 0, False, [(0, 1)]),
-        Packet([b"x"], 0, False, [(0, -1)]),
-        Packet([b"x"], 0, False, [(0, 0)]),
-        Packet([b"x"], 0, False, [(-1, 2)]),
-        Packet([b"x"], 0, False, [(2, 2)]),
-        Packet([b"x"], 0, False, [(0, 2), (0, 2)]),
-        Packet([b"x"], 2),
-        Packet([b"x"] * (MAX_FRAMES + 2)),
-        Packet([b"x"], 0, False, [(0, 2)] * (MAX_FRAMES + 2)),
-    ],
-    ids=range(15),
-)
-def test_no_packets(packet):
-    """Beside an unfinished blob 1 and a finished blob 2, none of these means anything."""
-    inbox = Inbox()
-    assert inbox.put(Packet([b"abc"], 1)) is None
-    assert inbox.put(Packet([b"def"], 2, True)) is None
-    with pytest.raises(RemoteProtocolError):
-        inbox.put(packet)
-
-
-def test_blobs_that_are_never_finished():
-    """What is begun is limited, in bytes and in number."""
-    inbox = Inbox(max_bytes=1000)
-    for blob in range(1, 11):
-        inbox.put(Packet([bytes(100)], blob))
-    with pytest.raises(RemoteProtocolError, match="more than 1000 bytes in unfinished messages"):
-        inbox.put(Packet([b"x"], 1))
-    inbox = Inbox()
-    with pytest.raises(RemoteProtocolError, match=f"{parcels.MAX_BLOBS} blobs"):
-        for blob in range(1, parcels.MAX_BLOBS + 2):
-            inbox.put(Packet([b""], blob))
-
-
-def test_what_is_given_up_or_complete_does_not_count():
-    """The limit is of what is kept, not of what has come."""
-    inbox = Inbox(max_bytes=100)
-    for blob in range(1, 50):
-        inbox.put(Packet([bytes(90)], blob, True))
-        if blob % 2:
-            inbox.put(Packet([b""], blob, True))
-        else:
-            assert inbox.put(Packet([], 0, False, [(0, blob)])) == (bytes(90), [])
-    assert not inbox._blobs and not inbox._bytes
-
-
-# The frames of the link
-
-
-FRAME = st.one_of(
-    st.builds(link.Greeting, NUMBER, st.binary(max_size=16), st.binary(max_size=16), NUMBER),
-    st.builds(link.Data, NUMBER, NUMBER, NUMBER, PACKET),
-    st.builds(link.Ack, NUMBER, NUMBER, st.floats(), st.floats(), st.floats()),
-)
-
-
-@settings(max_examples=400, deadline=None)
-@given(parts=st.lists(st.binary(max_size=60) | st.binary(max_size=60), max_size=4))
-def test_random_parts(parts):
-    """Whatever parts come, they are a frame or RemoteProtocolError."""
-    try:
-        wire.decode_frame(parts)
-    except RemoteProtocolError:
-        pass
-
-
-@settings(max_examples=400, deadline=None)
-@given(frame=FRAME, at=st.integers(0, 10**6), flip=st.integers(1, 255), more=st.lists(st.binary(), max_size=2))
-def test_damaged_frames(frame, at, flip, more):
-    """A damaged frame, or one with parts too many, is another frame or RemoteProtocolError."""
-    parts = [bytearray(part) for part in wire.encode_frame(frame)]
-    parts[0][at % len(parts[0])] ^= flip
-    try:
-        wire.decode_frame([*parts, *more])
-    except RemoteProtocolError:
-        pass
-
-
-@settings(max_examples=400, deadline=None)
-@given(frame=FRAME)
-def test_frames_come_back(frame):
-    """A frame that is sent is the one that comes."""
-    came = wire.decode_frame(wire.encode_frame(frame))
-    if isinstance(frame, link.Ack):
-        assert wire.encode_frame(came) == wire.encode_frame(frame)  # not a number equals none
-    elif isinstance(frame, link.Data):
-        assert came == link.Data(frame.epoch, frame.seq, frame.received, frame.packet, len(frame.packet))
-    else:
-        assert came == frame
-
-
-NEWS = st.one_of(
-    FRAME.map(link.Arrived),
-    FRAME.map(link.Arrived),
-    st.just(link.Connected()),
-    st.just(link.Disconnected()),
-    st.just(link.Outgoing(Packet([b"x"]), 65)),
-    st.just(link.Tick()),
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(connects=st.booleans(), news=st.lists(st.tuples(NEWS, st.sampled_from([0.0, 0.1, 5.0])), max_size=25))
-def test_link(connects, news):
-    """Whatever the other end says, the link carries on or is lost, and what it says itself can be sent."""
-    state = link.LinkState(b"me", connects=connects, now=100.0, beat_s=1.0)
-    state.handle(link.Connected(), 100.0)
-    state.handle(link.Arrived(link.Greeting(1, b"you", b"me" if connects else b"", 0)), 100.0)
-    assert state.state == link.UP
-    now, lost = 100.0, 0
-    for event, after in news:
-        now += after
-        for instruction in state.handle(event, now):
-            assert not lost, instruction
-            if isinstance(instruction, link.Transmit):
-                wire.decode_frame(wire.encode_frame(instruction.frame))
-            lost += isinstance(instruction, link.PeerLost)
-        state.check()
-        deadline = state.next_deadline()
-        assert deadline is None or abs(deadline - now) < 1000
-    assert lost == (state.state == link.LOST)
-
-
-# Memory
-
-
-def grows(decode, data):
-    """Return how much memory it takes to decode something, in the worst moment."""
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        try:
-            kept = decode(data)
-        except RemoteProtocolError:
-            kept = None
-        peak = tracemalloc.get_traced_memory()[1]
-        del kept
-    finally:
-        tracemalloc.stop()
-    return peak - before
-
-
-DECODE_MESSAGE = Decoder(FromPeerMessage).decode
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        msgspec.msgpack.encode([5, [[1, 1, 1, b""]] * 20_000]),
-        msgspec.msgpack.encode([5, [], [[1, "", b""]] * 20_000]),
-        msgspec.msgpack.encode([5, [], [[1, "", b"", 1, [], [1] * 20_000]]]),
-        msgspec.msgpack.encode([14, [[1, 1, [""]]] * 20_000]),
-        msgspec.msgpack.encode([10, [1] * 100_000]),
-        msgspec.msgpack.encode([10, [1 << 60] * 20_000]),
-        msgspec.msgpack.encode([2, 1, 1, 1, 0, False, [[1, 1]] * 20_000]),
-        # Lengths that are only named.
-        b"\x92\x05\xdd\xff\xff\xff\xff",
-        b"\x92\x05\xdd\xff\xff\xff\xff" + b"\x94\x01\x01\x01\xc6\xff\xff\xff\xff",
-        b"\x92\x01\xdb\xff\xff\xff\xff",
-        b"\x91" * 100_000,
-        b"\xdf\xff\xff\xff\xff",
-        b"\xc9\xff\xff\xff\xff\x01",
-    ],
-    ids=range(13),
-)
-def test_memory_of_the_largest(header):
-    """The shortest rows that there are, and lengths that are only named, take a small multiple of what came."""
-    assert grows(lambda data: DECODE_MESSAGE(data, []), header) < GROWTH * len(header) + OVERHEAD_BYTES
-    assert grows(lambda data: wire.decode_frame([data]), header) < GROWTH * len(header) + OVERHEAD_BYTES
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=300), tag=st.integers(0, 30), frames=st.lists(st.binary(max_size=10), max_size=3))
-def test_memory(data, tag, frames):
-    """Whatever comes takes no more than a small multiple of its size."""
-    header = bytes([0x9F, tag]) + data
-    limit = GROWTH * (len(header) + sum(map(len, frames))) + OVERHEAD_BYTES
-    assert grows(lambda data: DECODE_MESSAGE(data, frames), header) < limit
-    assert grows(lambda data: wire.decode_frame([data, *frames]), header) < limit
-
-
-def test_memory_of_pieces():
-    """Pieces take their bytes and a little for each."""
-    packets = [wire.encode_frame(link.Data(1, 1, 0, Packet([b"x"], blob))) for blob in range(1, 20_001)]
-    size = sum(len(part) for parts in packets for part in parts)
-
-    def put_all(packets):
-        inbox = Inbox()
-        for parts in packets:
-            inbox.put(wire.decode_frame(parts).packet)
-        return inbox
-
-    assert grows(put_all, packets) < GROWTH * size + OVERHEAD_BYTES
-
-
-def test_an_encoder_is_not_asked_for_more_than_it_can_write():
-    """The largest numbers that may come can also be sent on."""
-    message = TaskSubmit([((1 << 64) - 1, -(1 << 63), 0, b"")])
-    header, frames = Encoder().encode(message)
-    assert Encoder().encode(DECODE_MESSAGE(header, frames)) == (header, frames)
+def test_submits_and_cancels(steps):
+    """Submits stay in order, each with its functions before it; a cancelled one comes whole before its cancel, or not
+    at all."""
+    way, counter, functions = Way(), Numbers(), Numbers()
+    sent, cancelled = {}, set()
+    for kind, *details in steps:
+        if kind == "move":
+            way.move(details[0])
+        elif kind == "submit":
+            function = Function(functions.next(), "f", payload_of(details[1]))
+            message = TaskSubmit(
+                [(counter.next(), 1, functions.last, payload_of(size)) for size in details[0]], [function]
+            )
+            sent.update((row[0], len(row[-1])) for row in message.tasks)
+            way.put(message)
+        elif counter.last:
+            no = details[0] % counter.last + 1
+            cancelled.add(no)
+            way.put(TaskCancel([(no, 1, int(details[1]))]))
+    way.move()
+    way.check_over()
+    seen, known, told = [], set(), set()
+    for message in way.arrived:
+        if isinstance(message, TaskCancel):
+            told |= {row[0] for row in message.cancels}
+            continue
+        known |= {function.function_id for function in message.functions}
+        for no, _, function_id, payload in message.tasks:
+            assert function_id in known and no not in told and len(payload) == sent[no]
+            seen.append(no)
+    assert seen == sorted(seen) and set(sent) - set(seen) <= cancelled and told == cancelled
+    assert known == set(range(1, functions.last + 1))

@@ -7,20 +7,20 @@ import sys
 import time
 import traceback
 
-from .random_runs import Run
+from .beats import make_run
 
 
 def main(arguments: list[str]) -> int:
     if arguments:
         for seed in arguments:
-            Run(int(seed), verbose=True).run()
+            make_run(int(seed), verbose=True).run()
         return 0
     first = random.SystemRandom().randrange(1 << 30)
     began = time.perf_counter()
     bad = []
     for seed in range(first, first + 1000):
         try:
-            Run(seed).run()
+            make_run(seed).run()
         except AssertionError:
             traceback.print_exc()
             bad.append(seed)

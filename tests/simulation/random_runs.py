@@ -287,9 +287,8 @@ class Run(Cluster):
         return self
 
     def drain_heap(self) -> None:
-        heap = self.heap
-        while heap:
-            time, _, what, first, second = heapq.heappop(heap)
+        while self.has_more():
+            time, _, what, first, second = heapq.heappop(self.heap)
             self.now = time
             self.steps += 1
             assert self.steps < self.max_steps and time < MAX_TIME_S, "it does not come to an end"
@@ -305,6 +304,10 @@ class Run(Cluster):
                 self.tick(first)
             else:
                 first(second)
+
+    def has_more(self) -> bool:
+        """Tell whether anything is still to happen."""
+        return bool(self.heap)
 
     def tick(self, owner: Any) -> None:
         self.ticks.pop(owner, None)
@@ -402,15 +405,21 @@ class Run(Cluster):
             elif isinstance(instruction, links.Deliver):
                 for message in instruction.packets:
                     super()._on_down(("down", peer), message) if end else super()._on_up(("up", peer), message)
+            elif isinstance(instruction, links.Disconnect):
+                pass  # the state of the link says it
             else:
                 self.link_lost(peer, end, instruction.reason)
                 return
         owner = self.peers.get(peer)
         if end and isinstance(owner, SimAgent) and owner.peer == peer:
-            if was == "UP" != link.state:
-                self.to_agent(owner, agents.SchedulerLost())
-            elif was != "UP" == link.state:
-                self.to_agent(owner, agents.SchedulerBack())
+            self.tell_agent(owner, was, link)
+
+    def tell_agent(self, agent: SimAgent, was: str, link: links.LinkState) -> None:
+        """Tell an agent whether its scheduler is there."""
+        if was == "UP" != link.state:
+            self.to_agent(agent, agents.SchedulerLost())
+        elif was != "UP" == link.state:
+            self.to_agent(agent, agents.SchedulerBack())
 
     def expect_link_tick(self, peer: int, end: int) -> None:
         link = self.links[peer][end]
@@ -473,7 +482,7 @@ class Run(Cluster):
         owner = self.peers.get(peer)
         if end == 0:
             self.an_agent_was_lost |= isinstance(owner, SimAgent)
-            self.to_scheduler(schedulers.PeerLost(peer, reason, stopped=False))
+            self.to_scheduler(self.peer_lost(peer, reason))
         elif isinstance(owner, SimClient):
             # It gives up; the scheduler hears of it by its lease, or has.
             del self.peers[peer]
@@ -486,6 +495,10 @@ class Run(Cluster):
             if not owner.gone:
                 self.rejoin(owner)
                 self.to_agent(owner, agents.NewEpoch())
+
+    def peer_lost(self, peer: int, reason: str) -> schedulers.PeerLost:
+        """Return what the scheduler hears when its end of a link is lost."""
+        return schedulers.PeerLost(peer, reason, stopped=False)
 
     def forget_peer(self, peer: int) -> None:
         """The owner's end is gone; the scheduler's goes when its lease is over."""

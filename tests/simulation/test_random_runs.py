@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from .random_runs import Run
+from .beats import make_run
 
 SEEDS = int(os.environ.get("SCALER_EXECUTOR_SEEDS", "2000"))
 CHUNK = 50
@@ -14,4 +14,4 @@ CHUNK = 50
 def test_seeds(first):
     """Every future is settled once, every cancel answered, nothing started twice or left anywhere."""
     for seed in range(first, min(first + CHUNK, SEEDS)):
-        Run(seed).run()
+        make_run(seed).run()
