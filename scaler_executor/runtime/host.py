@@ -292,6 +292,7 @@ class SchedulerHost:
         if isinstance(message, OperatorCancel) and peer.user != OWN_NAME:
             reason = "only the user who serves may stop others' calls"
             self.listener.send(peer, Refused(reason, RefusalKind.KEY))
+            self._drop(peer, reason, is_error=True)
             return
         self._feed(scheduler_protocol.Received(peer.number, message))
 
