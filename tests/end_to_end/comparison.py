@@ -128,7 +128,7 @@ def assert_output_alike(case: Callable[[Pools], object], start_method: str | Non
 
 
 #: The frame of a traceback in which a worker calls its initializer: it is the executor's, with its own text.
-_FRAME_OF_WORKER = re.compile(r'  File "[^"]*", line \d+, in (_process_worker|start)\n    .*\n( +[~^]+\n)?')
+_FRAME_OF_WORKER = re.compile(r'  File "[^"]*", line \d+, in (_process_worker|_run_initializer)\n    .*\n( +[~^]+\n)?')
 
 
 def _lines(text: str) -> list[str]:
