@@ -39,9 +39,9 @@ from scaler_executor.runtime.security import Keys
 from scaler_executor.runtime.signals import watch_signals
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
-#: The client is not read while more than this waits to be sent: a stop for what runs away, for its cancels are not read
-#: either. What waits here does not wait in the client, so little is gained by less.
-UPSTREAM_BYTES: Final = 1 << 36
+#: The client is not read while more than this waits to be sent, nor are its cancels: so it is more than one large
+#: argument.
+UPSTREAM_BYTES: Final = 1 << 32
 
 
 class Relay:
