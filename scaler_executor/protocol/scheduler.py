@@ -105,7 +105,7 @@ class SchedulerState:
         self._held: list[Client] = []
         self._output = SchedulerOutput()
         self._assignment = Assignment(self._output)
-        self._limits = Limits(self._assignment.agents, self._output)
+        self._limits = Limits(self._assignment, self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
         #: {peer: Client, Agent or Observer}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent | Observer] = {}
@@ -138,6 +138,7 @@ class SchedulerState:
             client = self._peers.get(event.peer)
             if isinstance(client, Client):
                 client.is_congested = event.is_congested
+                self._assignment.refresh(client)
         elif isinstance(event, Tick):
             pass
         else:
@@ -155,15 +156,17 @@ class SchedulerState:
             self._release()
         self._assignment.pump()
         if len(self._assignment.agents) > 1:
-            for task in self._assignment.to_recall(self._tasks.by_id):
+            for task in self._assignment.to_recall():
                 self._tasks.recall(task)
         return self._output.end()
 
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
-        deadlines = [self._fences[0][0]] if self._fences else []
-        deadlines += self._assignment.deadlines()
-        return min(deadlines, default=None)
+        recall = self._assignment.deadline()
+        if not self._fences:
+            return recall
+        fence = self._fences[0][0]
+        return fence if recall is None else min(fence, recall)
 
     def story(self, task_id: int) -> list[Transition]:
         """Return what is remembered of a task: everything but the ordinary steps."""
@@ -190,8 +193,9 @@ class SchedulerState:
                 assert task.seat.client is task.client, task_id
                 held[task.seat] += 1
         for seat, count in held.items():
-            assert seat.held == count, (seat.agent.peer, seat.held, count)
+            assert len(seat.tasks) == count, (seat.agent.peer, seat.tasks, count)
             assert not seat.client.gone or seat.client in self._tasks.leaving
+        self._assignment.check()
         for limited in self._limits.clients.values():
             in_use = [agent.seats[limited].in_use for agent in self._assignment.agents if limited in agent.seats]
             assert limited.max_running is None or sum(in_use) + limited.out_of_reach <= limited.max_running, in_use
@@ -254,7 +258,7 @@ class SchedulerState:
                 self._limits.is_due = True
         elif message.role == "agent":
             self._peers[peer_id] = agent = Agent(peer_id, message.name[:MAX_NAME], self._output.now)
-            self._assignment.agents.append(agent)
+            self._assignment.add(agent)
             self._limits.is_due = True
             self._output.instructions.append(Send(peer_id, Welcome(0)))
         elif message.role == "observer":
@@ -271,13 +275,13 @@ class SchedulerState:
         if isinstance(peer, Client):
             self._client_lost(peer)
         elif isinstance(peer, Agent):
-            self._assignment.agents.remove(peer)
+            self._assignment.remove(peer)
             self._output.touched.pop(peer, None)
             self._limits.is_due = True
             if not stopped:
                 self._limits.agent_lost(peer)
             fenced: list[Task] = []
-            for task in [task for task in self._tasks.by_id.values() if task.agent is peer]:
+            for task in reversed(peer.tasks()):
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
             if fenced:
                 # It may have been silent for long already; then it has stopped by now.
@@ -305,13 +309,14 @@ class SchedulerState:
                 self._output.instructions.append(Hold(client.peer, False))
 
     def _client_lost(self, client: Client) -> None:
+        self._tasks.drop_queue(client)
         client.gone = True
         self._tasks.leaving[client] = None
-        tasks = [task for task in self._tasks.by_id.values() if task.client is client]
+        tasks = self._tasks_of(client)
         client.tasks_left = len(tasks)
         for task in tasks:
             self._tasks.step(task, "CLIENT_LOST")
-        client.queue.clear()
+        self._assignment.refresh(client)
         self._limits.clients.pop(client.client_id, None)
         self._output.touched.pop(client, None)
         keys = [(client.client_id, function_id) for function_id in client.functions]
@@ -324,6 +329,16 @@ class SchedulerState:
         if not client.tasks_left:
             self._tasks.leaving.pop(client, None)
             self._assignment.forget_client(client)
+
+    def _tasks_of(self, client: Client) -> list[Task]:
+        """Return all tasks of a client that are not over."""
+        tasks = [task for task in client.queue if task.state == QUEUED]
+        for agent in self._assignment.agents:
+            if client in agent.seats:
+                tasks += agent.seats[client].tasks.values()
+        for _, fenced, _ in self._fences:
+            tasks += [task for task in fenced if task.client is client and task.state == FENCING]
+        return tasks
 
     # From clients
 
@@ -341,7 +356,7 @@ class SchedulerState:
                     agent.disinherited.remove(client.client_id)
                     self._output.instructions.append(Send(agent.peer, message))
         elif isinstance(message, Bye):
-            if not message.force and any(task.client is client for task in self._tasks.by_id.values()):
+            if not message.force and self._tasks_of(client):
                 raise RemoteProtocolError("Bye with tasks outstanding")
             self._output.instructions.append(Drop(client.peer, "bye"))
             self._peer_lost(client.peer, "bye", stopped=True)
@@ -449,6 +464,7 @@ class SchedulerState:
             if (message.workers, message.tasks == 0) != (agent.workers, agent.capacity == 0):
                 self._limits.is_due = True
             agent.capacity, agent.workers = message.tasks, message.workers
+            self._assignment.changed(agent)
         elif isinstance(message, ClientLimited):
             self._limits.limited(agent, message.client_id, message.limit_no)
         elif isinstance(message, InheritanceLost):
@@ -464,7 +480,7 @@ class SchedulerState:
                     self._break(client, message.reason)
         elif isinstance(message, Bye):
             # It says so when it holds nothing: what it still seems to have crossed its Bye and never reached it.
-            for task in reversed([task for task in self._tasks.by_id.values() if task.agent is agent]):
+            for task in reversed(agent.tasks()):
                 self._tasks.step(task, "RETURNED")
             self._output.instructions.append(Drop(agent.peer, "bye"))
             self._peer_lost(agent.peer, "left", stopped=True)

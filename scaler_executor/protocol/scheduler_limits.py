@@ -11,6 +11,7 @@ This module knows the agents and the clients with limits, and no tasks.
 from __future__ import annotations
 
 from scaler_executor.protocol.messages import ClientLimit
+from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import Agent, Client, Seat
 
@@ -18,12 +19,13 @@ from scaler_executor.protocol.scheduler_rows import Agent, Client, Seat
 class Limits:
     """The clients that have limits, and what each agent was told of them."""
 
-    def __init__(self, agents: list[Agent], output: SchedulerOutput) -> None:
+    def __init__(self, assignment: Assignment, output: SchedulerOutput) -> None:
         #: {client_id: Client} of those that have any.
         self.clients: dict[int, Client] = {}
         #: Something has changed since `divide`.
         self.is_due = False
-        self._agents = agents
+        self._assignment = assignment
+        self._agents = assignment.agents
         self._output = output
         self._last_limit_no = 0
 
@@ -51,7 +53,7 @@ class Limits:
     def agent_lost(self, agent: Agent) -> None:
         """What an agent out of reach may run counts until it must have stopped."""
         for seat in agent.seats.values():
-            if not seat.held:
+            if not seat.tasks:
                 seat.in_use = 0
             seat.client.out_of_reach += seat.in_use
 
@@ -68,7 +70,7 @@ class Limits:
             part = parts.get(seat.agent, 0)
             if part < (seat.quota or 0):
                 self._say(seat, part)
-            if not seat.held:
+            if not seat.tasks:
                 seat.in_use = seat.quota or 0  # it has nothing to stop first
         free = max_running - client.out_of_reach - sum(seat.in_use for seat in seats)
         for seat in seats:
@@ -95,6 +97,11 @@ class Limits:
         self._last_limit_no += 1
         seat.quota, seat.limit_no = quota, self._last_limit_no
         client = seat.client
+        if quota:
+            client.quotas[seat.agent] = None
+        else:
+            client.quotas.pop(seat.agent, None)
         asked = 0 if quota is None else seat.limit_no
         seat.agent.limits.append(ClientLimit(client.client_id, quota, client.max_items_per_worker, asked))
         self._output.touched[seat.agent] = None
+        self._assignment.changed(seat.agent)

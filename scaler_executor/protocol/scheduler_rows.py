@@ -123,6 +123,10 @@ class Client:
         self.held_bytes = 0
         #: Much waits to be sent to it.
         self.is_congested = False
+        #: Agents that may have any workers for it, if it is limited.
+        self.quotas: dict[Agent, None] = {}
+        #: It stands in `Assignment.ready`.
+        self.is_ready = False
         #: Number of its tasks that are not over; kept from the time when it is gone.
         self.tasks_left = 0
         #: Why no worker can be started for it, or None.
@@ -152,8 +156,8 @@ class Seat:
     def __init__(self, agent: Agent, client: Client) -> None:
         self.agent = agent
         self.client = client
-        #: How many tasks of the client the agent holds.
-        self.held = 0
+        #: {task_id: Task} of the client that the agent holds, in the order in which it got them.
+        self.tasks: dict[int, Task] = {}
 
 
 class Agent:
@@ -169,11 +173,15 @@ class Agent:
         self.workers = 0
         #: {Client: Seat} of the clients that have, or had, tasks here.
         self.seats: dict[Client, Seat] = {}
-        #: How many tasks it holds, and of how many clients, as counted by `Assignment`.
+        #: How many tasks it holds, and of how many clients: as its seats say.
         self.held = 0
         self.clients_here = 0
-        #: Since when it has had fewer tasks than workers while nothing was queued, or None.
-        self.idle_since: float | None = None
+        self.is_gone = False
+        #: Clients of which it holds less than when `Assignment` last looked.
+        self.released: dict[Client, None] = {}
+        #: Its tasks per worker when `Assignment` last looked; -1: it takes none. Ties go by `order`.
+        self.load = -1.0
+        self.order = 0
         #: Clients for which it cannot start a worker.
         self.broken_for: set[int] = set()
         #: Clients that it waits for, to tell what replaces what its workers inherited.
@@ -187,6 +195,10 @@ class Agent:
         self.cancels: list[CancelRow] = []
         self.gone_clients: list[int] = []
         self.limits: list[ClientLimit] = []
+
+    def tasks(self) -> list[Task]:
+        """Return all tasks that it holds, those of a client in the order in which it got them."""
+        return [task for seat in self.seats.values() for task in seat.tasks.values()]
 
     def seat(self, client: Client) -> Seat:
         """Return the seat of `client`, which may be new."""

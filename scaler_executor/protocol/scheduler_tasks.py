@@ -70,6 +70,13 @@ class SchedulerTasks:
         task.state = RECALLING
         self._ask_agent(task, CancelKind.RECALL)
 
+    def drop_queue(self, client: Client) -> None:
+        """Forget what a client has in QUEUED: it may be a great deal, so each is no step of its own."""
+        for task in client.queue:
+            if task.state == QUEUED:
+                self._forget(task)
+        client.queue.clear()
+
     def fail(self, task: Task, kind: ResultKind, reason: str) -> None:
         """Answer for a task that will not be started: BROKEN or LOST."""
         self._forward(task, task.start, task.open_items, kind, reason.encode())
@@ -172,9 +179,9 @@ class SchedulerTasks:
         if not (task.start <= at < task.items) or not at:
             raise RemoteProtocolError(f"split at item {at} of {task.start} to {task.items}")
         tail = self._split_off(task, at)
-        tail.state, tail.seat = ASSIGNED, task.seat
+        tail.state = ASSIGNED
         assert task.seat is not None
-        task.seat.held += 1
+        self._assignment.hold(tail, task.seat)
         if task.start == at:
             self._forget(task)
 
@@ -197,9 +204,8 @@ class SchedulerTasks:
         self._fence(task, fenced)
 
     def _fence(self, task: Task, fenced: list[Task]) -> None:
-        assert task.seat is not None
-        task.seat.held -= 1
-        task.state, task.seat, task.agent_cancel_no = FENCING, None, 0
+        self._assignment.release(task)
+        task.state, task.agent_cancel_no = FENCING, 0
         fenced.append(task)
 
     def _fence_due(self, task: Task) -> None:
@@ -240,10 +246,9 @@ class SchedulerTasks:
 
     def _forget(self, task: Task) -> None:
         del self.by_id[task.task_id]
-        seat, client = task.seat, task.client
-        if seat is not None:
-            seat.held -= 1
-            task.seat = None
+        client = task.client
+        if task.seat is not None:
+            self._assignment.release(task)
         task.state = GONE
         if task.task_id == client.base + task.no:
             client.held_bytes -= len(task.payload) + TASK_BYTES
@@ -289,8 +294,7 @@ class SchedulerTasks:
             self._forget(task)
             task = rest
         if task.seat is not None:
-            task.seat.held -= 1
-            task.seat = None
+            self._assignment.release(task)
         if new_attempt:
             task.attempt += 1
         task.state, task.recall_refused = QUEUED, False

@@ -16,6 +16,7 @@ ADAPTERS = sorted(PACKAGE.glob("adapters/**/*.py"))
 #: All that the pure layer may import besides itself.
 ALLOWED = {
     "bisect",
+    "heapq",
     "__future__",
     "collections",
     "enum",

@@ -895,3 +895,75 @@ def test_definition_that_is_not_there():
     state = scheduler()
     out = state.got(CLIENT, TaskSubmit([], [Function(3, "f", b"blob", needs=[2])]))
     assert out[0] == Drop(CLIENT, "function 3 needs definition 2, which is not known", error=True)
+
+
+# Many agents and clients
+
+
+class Counting(Scheduler):
+    """A scheduler that counts at how many seats it looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.looks = 0
+        room = self._assignment._room
+
+        def counted(seat):
+            self.looks += 1
+            return room(seat)
+
+        self._assignment._room = counted
+
+    def looks_at(self, peer, message):
+        """Take in a message. Return the instructions and the number of seats that it looked at."""
+        self.looks = 0
+        out = self.handle(Received(peer, message), self.now)
+        return out, self.looks
+
+
+@pytest.mark.parametrize("n_clients", [1, 40], ids=["one client", "many clients"])
+def test_an_event_looks_at_few_of_many_agents(n_clients):
+    scheduler = Counting()
+    agents = range(1, 201)
+    clients = range(1001, 1001 + n_clients)
+    for agent in agents:
+        scheduler.got(agent, Hello("agent"))
+        scheduler.got(agent, AgentCapacity(8, 2))
+    runs = []
+    for client in clients:
+        scheduler.got(client, Hello("client"))
+        submit = TaskSubmit([(no, 1, 1, b"x") for no in range(1, 20_000 // n_clients)], [function()])
+        out = scheduler.got(client, submit)
+        runs += [(i.peer, run) for i in out if isinstance(i.message, TaskRun) for run in i.message.tasks]
+    assert len(runs) >= 8 * len(agents)
+    for agent, run in runs[:200]:
+        out, looks = scheduler.looks_at(agent, AgentResult([(run[0], run[1], 0, 1, VALUE, b"v")]))
+        assert any(isinstance(i.message, TaskRun) for i in out), "its room is used again"
+        assert looks <= 5
+    scheduler.check()
+
+
+def test_a_waiting_client_looks_nowhere_in_vain_again():
+    scheduler = Counting()
+    for agent in range(1, 101):
+        scheduler.got(agent, Hello("agent"))
+        scheduler.got(agent, AgentCapacity(2, 2))
+    scheduler.got(CLIENT + 1000, Hello("client"))
+    scheduler.got(CLIENT + 1000, TaskSubmit([(no, 1, 1, b"x") for no in range(1, 301)], [function()]))
+    for no in range(301, 400):
+        assert scheduler.looks_at(CLIENT + 1000, TaskSubmit([(no, 1, 1, b"x")])) == ([], 0)
+
+
+def test_the_least_loaded_agent_comes_first():
+    scheduler = Scheduler()
+    for agent, workers in [(1, 4), (2, 2), (3, 4)]:
+        scheduler.got(agent, Hello("agent"))
+        scheduler.got(agent, AgentCapacity(8, workers))
+    scheduler.got(9, Hello("client"))
+    scheduler.got(9, TaskSubmit([], [function()]))
+    got = []
+    for no in range(1, 11):
+        (send,) = scheduler.got(9, TaskSubmit([(no, 1, 1, b"x")]))
+        got.append(send.peer)
+    # By tasks per worker, and the one that came first where they have the same.
+    assert got == [1, 2, 3, 1, 3, 1, 2, 3, 1, 3]
