@@ -62,6 +62,11 @@ LOST: Final = "LOST"
 
 #: A cut that lasts longer is the peer's loss.
 LEASE_S: Final = 60.0
+#: What `beat_s` is everywhere.
+BEAT_S: Final = 1.0
+#: For a cut of some length not to be noticed, the lease is so much longer: the peer may have been heard last a beat
+#: before it was cut off, and needs a moment to connect and to greet when it can.
+LEASE_ALLOWANCE_S: Final = BEAT_S + 0.5
 #: With beats: a transport that is silent for longer is gone.
 SILENCE_S: Final = 4.0
 #: ... and so is, for the end that connects, one over which it is not known to have been heard for so many times as

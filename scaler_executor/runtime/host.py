@@ -46,8 +46,9 @@ from scaler_executor.runtime.worker import WorkerConfig
 
 #: The agent in the scheduler's process; peers of the listener count from 1.
 LOCAL_AGENT: Final = 0
-#: Silence after which an agent counts as dead: it has stopped its calls by then.
-AGENT_LEASE_S: Final = scheduler_protocol.FENCE_S
+#: Silence after which an agent counts as dead: it has stopped its calls by then, and a cut that is shorter than
+#: `scheduler.FENCE_S` is over.
+AGENT_LEASE_S: Final = scheduler_protocol.FENCE_S + link.LEASE_ALLOWANCE_S
 #: Silence after which a client's calls are dropped.
 CLIENT_LEASE_S: Final = 60.0
 #: How often the allowed keys are looked at.

@@ -29,8 +29,6 @@ from scaler_executor.runtime import log
 from scaler_executor.runtime.loop import Loop
 from scaler_executor.runtime.security import Keys
 
-#: Both ends say something so often.
-BEAT_S: Final = 1.0
 #: An unfinished handshake is given up after so long.
 HANDSHAKE_S: Final = 5.0
 #: Pauses between attempts to connect: at first, at most. Each is drawn at random up to its length.
@@ -38,10 +36,10 @@ RECONNECT_S: Final = 0.1
 MAX_RECONNECT_S: Final = 5.0
 #: For so long after the other end was last heard, when an agent's calls may still be saved, attempts are short and
 #: follow each other closely: connecting, the handshake and the pause take at most so long.
-HURRY_S: Final = 10.0
-HURRIED_CONNECT_S: Final = 1.0
+HURRY_S: Final = 12.0
+HURRIED_CONNECT_S: Final = 0.7
 HURRIED_HANDSHAKE_S: Final = 2.0
-HURRIED_RECONNECT_S: Final = 0.3
+HURRIED_RECONNECT_S: Final = 0.2
 #: A transport over which a peer has not answered for so long is closed: its end may never be told otherwise.
 HEARTBEAT_S: Final = 10.0
 HEARTBEAT_TIMEOUT_S: Final = 30.0
@@ -85,7 +83,7 @@ class Session:
 
     def __init__(self, connects: bool, lease_s: float, transmit: Callable[[list[Any]], None]) -> None:
         self.nonce = os.urandom(16)
-        self.link = link.LinkState(self.nonce, connects=connects, now=monotonic(), lease_s=lease_s, beat_s=BEAT_S)
+        self.link = link.LinkState(self.nonce, connects=connects, now=monotonic(), lease_s=lease_s, beat_s=link.BEAT_S)
         self._transmit = transmit
         self._outbox = Outbox()
         self._inbox = Inbox()
