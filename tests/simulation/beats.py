@@ -46,6 +46,9 @@ class BeatingRun(Run):
         #: Items about which the scheduler has decided while their agent was out of reach.
         self.given_up: set[tuple[int, int]] = set()
         super().__init__(seed, verbose)
+        if self.retries:
+            # What nothing stops would run on at one agent while another one has it.
+            self.stuck = 0.0
         if self.network.random() < 0.5:
             self.durations = [*self.durations, 20.0]  # longer than an agent may be out of reach
         for _ in range(self.network.choice([1, 2, 3, 5])):
