@@ -114,7 +114,10 @@ class Session:
 
     def flush(self) -> None:
         """Send as much as there is room for."""
-        while self.link.room > 0 and self.lost is None and (packet := self._outbox.take()) is not None:
+        while self.link.small_room > 0 and self.lost is None:
+            packet = self._outbox.take(with_pieces=self.link.room > 0)
+            if packet is None:
+                break
             self.handle(link.Outgoing(packet, len(packet)))
 
     def handle(self, event: link.Event) -> list[tuple[Any, list[Any]]]:
