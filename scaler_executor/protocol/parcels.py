@@ -22,14 +22,12 @@ from scaler_executor.protocol.precedence import PIECE_BYTES, Keys, divide
 MAX_IN_PIECES: Final = 8
 #: A receiver keeps no more unfinished parts than this of one peer.
 MAX_BLOBS: Final = 2 * MAX_IN_PIECES * MAX_FRAMES
-#: The messages that have been begun are no larger than this together: another one is begun when they are, or when it
-#: is alone, or if it is small, as long as not too many of these have been begun.
+#: The messages that have been begun are no larger than this together, besides one that is larger alone and besides
+#: those that are small.
 BEGUN_BYTES: Final = 1 << 30
 SMALL_BYTES: Final = 16 << 20
-#: ... and no message is larger than this.
-MESSAGE_BYTES: Final = 1 << 32
-#: So much comes of a peer, then, that cannot be put together yet.
-UNFINISHED_BYTES: Final = MESSAGE_BYTES + BEGUN_BYTES
+#: So much comes of a peer, then, that cannot be put together yet, unless one message is larger.
+UNFINISHED_BYTES: Final = BEGUN_BYTES + 2 * MAX_IN_PIECES * SMALL_BYTES
 
 
 class Packet(msgspec.Struct):

@@ -181,6 +181,7 @@ class Dialer:
             for each in (sock, monitor):
                 self._loop.forget(each.getsockopt(zmq.FD))  # type: ignore[arg-type]
             sock.disable_monitor()
+            monitor.close()
             sock.close()
 
     def _read_monitor(self) -> None:

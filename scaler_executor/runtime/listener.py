@@ -35,6 +35,10 @@ HEARTBEAT_TIMEOUT_S: Final = 30.0
 UNREAD_MESSAGES: Final = 1000
 #: More than this never waits for a peer that keeps to the window of its link.
 UNSENT_MESSAGES: Final = 1 << 18
+#: There are no more sessions of one key than this: those that have been unheard for the longest time are ended, which
+#: are such as have been cut off if there are any. So many of these at once.
+MAX_SESSIONS: Final = 4096
+SESSIONS_AT_ONCE: Final = 64
 _ZAP_DOMAIN: Final = b"scaler-executor"
 
 
@@ -124,6 +128,8 @@ class Listener:
         #: {nonce of the other end: peer}, {routing id: peer}.
         self._by_nonce: dict[bytes, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
+        #: {public key: {number: peer}}
+        self._by_key: dict[bytes, dict[int, Peer]] = {}
         #: (when to look, number, peer)
         self._due: list[tuple[float, int, Peer]] = []
         for sock in (self._zap, self._router):
@@ -231,8 +237,10 @@ class Listener:
             return
         peer = self._by_nonce.get(greeting.sender)
         if peer is None and greeting.sender and not greeting.receiver:
+            self._make_room(key)
             self._last_number += 1
             peer = self._by_nonce[greeting.sender] = Peer(self._last_number, greeting.sender, key, user)
+            self._by_key.setdefault(key, {})[peer.number] = peer
         if peer is None or peer.key != key:
             # It speaks of a session that is over. A greeting from somebody else tells it so.
             self._transmit(route, encode_frame(link.Greeting(greeting.epoch, os.urandom(16), greeting.sender, 0)))
@@ -244,6 +252,15 @@ class Listener:
         self._feed(peer, link.Connected())
         if peer.lost is None:
             self._feed(peer, link.Arrived(greeting))
+
+    def _make_room(self, key: bytes) -> None:
+        """End some sessions of this key if there are too many."""
+        peers = self._by_key.get(key)
+        if peers is not None and len(peers) >= MAX_SESSIONS:
+            longest = sorted(peers.values(), key=lambda peer: peer.link.heard_at)
+            for peer in longest[: min(SESSIONS_AT_ONCE, MAX_SESSIONS // 2)]:
+                log.debug("network", "session %d (%s) is one too many of its key", peer.number, peer.user)
+                self._lose(peer, f"its key has more than {MAX_SESSIONS} sessions")
 
     def _feed(self, peer: Peer, event: link.Event) -> None:
         try:
@@ -295,6 +312,11 @@ class Listener:
     def _forget(self, peer: Peer) -> None:
         self._by_route.pop(peer.routing_id, None)
         self._by_nonce.pop(peer.name, None)
+        peers = self._by_key.get(peer.key)
+        if peers is not None:
+            peers.pop(peer.number, None)
+            if not peers:
+                del self._by_key[peer.key]
 
     def _transmit(self, route: bytes, parts: list[Any]) -> None:
         try:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import zmq
 
-from scaler_executor.protocol import link
+from scaler_executor.protocol import link, parcels
 from scaler_executor.protocol.messages import Message
 from scaler_executor.protocol.parcels import Inbox, Outbox
 from scaler_executor.protocol.wire import MAX_PART_BYTES, decode_frame, encode_frame
@@ -27,6 +27,9 @@ from scaler_executor.runtime.security import Keys
 HANDSHAKE_S: Final = 5.0
 #: So many messages are read of the network before something else has its turn.
 TURN_MESSAGES: Final = 200
+#: So much of a peer's unfinished messages is kept. One message may be half as large as the memory of this machine,
+#: which has to hold more than that.
+UNFINISHED_BYTES: Final = max(parcels.UNFINISHED_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 #: A part of a message that is as large is copied out of zmq's memory into a buffer that can be written to.
 LARGE_BYTES: Final = 1 << 16
 
@@ -65,7 +68,7 @@ class Session:
         self.link = link.LinkState(self.nonce, connects=connects, now=monotonic(), lease_s=lease_s, beat_s=link.BEAT_S)
         self._transmit = transmit
         self._outbox = Outbox()
-        self._inbox = Inbox()
+        self._inbox = Inbox(UNFINISHED_BYTES)
         #: Set when the link is: why.
         self.lost: str | None = None
         self.must_disconnect = False
