@@ -4,8 +4,9 @@ from time import monotonic
 
 import pytest
 
+from scaler_executor.protocol import link
 from scaler_executor.protocol.codec import Decoder
-from scaler_executor.protocol.messages import Frames, FromPeerMessage, Hello, TaskSubmit
+from scaler_executor.protocol.messages import Frames, FromPeerMessage, Hello, TaskRun, TaskSubmit
 from scaler_executor.runtime import listener as listeners
 from scaler_executor.runtime import network
 from scaler_executor.runtime.dialer import Dialer
@@ -111,6 +112,25 @@ def test_unfinished_messages_are_limited(ends, monkeypatch):
     ends.dialers[0].send(TaskSubmit([(4, 1, 0, Frames([b"", bytearray(4 << 20)]))]))
     ends.run(lambda: bool(ends.lost))
     assert ends.lost[0][0] is peer and "bytes in unfinished messages" in ends.lost[0][1]
+
+
+def test_small_messages_do_not_wait_for_room():
+    """Where as much of a large message is on its way as may be, a small one goes all the same; not without end."""
+    sent = []
+    session = network.Session(True, 60.0, lambda parts: sent.append(len(parts[-1])))
+    session.handle(link.Connected())
+    session.handle(link.Arrived(link.Greeting(1, b"them", session.nonce, 0)))
+    session.send(TaskRun([(1, 1, 1, 1, 0, 0, Frames([b"", bytearray(8 << 20)]))]))
+    assert session.link.room <= 0 < session.link.small_room
+    pieces = len(sent)
+    for task_id in range(2, 12):
+        session.send(TaskRun([(task_id, 1, 1, 1, 0, 0, b"")]))
+    assert len(sent) == pieces + 10 and max(sent[pieces:]) < 100
+    while session.link.small_room > 0:
+        session.send(TaskRun([(len(sent) + 100, 1, 1, 1, 0, 0, b"x" * 10_000)]))
+    before = len(sent)
+    session.send(TaskRun([(99, 1, 1, 1, 0, 0, b"")]))
+    assert len(sent) == before and session.pending_bytes > 7 << 20
 
 
 def test_unfinished_messages_have_a_limit():

@@ -27,7 +27,7 @@ WIRES = ("wire_up", "wire_down")
 class BeatingRun(Run):
     """A run whose links beat."""
 
-    max_steps = 2 * Run.max_steps
+    max_steps = 4 * Run.max_steps
     #: An end that connects tries again after up to one of these.
     redial_s = (0.01, 0.3, 1.3)
 
@@ -50,7 +50,7 @@ class BeatingRun(Run):
             # What nothing stops would run on at one agent while another one has it.
             self.stuck = 0.0
         if self.network.random() < 0.5:
-            self.durations = [*self.durations, 20.0]  # longer than an agent may be out of reach
+            self.durations = [*4 * self.durations, 20.0]  # longer than an agent may be out of reach
         for _ in range(self.network.choice([1, 2, 3, 5])):
             self.at(self.network.random() * self.network.choice([0.1, 1, 5, 20]), "fault", self.cut_one, None)
 
