@@ -388,6 +388,17 @@ def test_room():
     assert link.room == room
 
 
+def test_window_of_a_single_packet_is_used():
+    """It grows again, though nothing is left on its way when that is acknowledged."""
+    link = beating()
+    for delay_s in [0.01] * ROUND + [0.5] * ROUND + [0.01] * ROUND:
+        size_bytes = link._window.size_bytes
+        link.send("a", size_bytes)
+        link.now += delay_s
+        link.got(Ack(1, link._last_seq))
+    assert link._window.size_bytes > size_bytes
+
+
 def test_acknowledgement_that_was_held_back():
     """What the other end waited with its acknowledgement is no delay of the way."""
     link = beating()
