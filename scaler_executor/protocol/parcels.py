@@ -227,12 +227,14 @@ class Outbox:
         every = {row[0] for row in cancel.cancels}
         forced = {row[0] for row in cancel.cancels if row[2] == CancelKind.FORCED}
         left: list[_Waiting] = []
+        changed: set[int] = set()
         for waiting in self._waiting:
             message = waiting.message
             if isinstance(message, TaskSubmit) and not every.isdisjoint(waiting.keys.tasks):
                 tasks = [row for row in message.tasks if row[0] not in every]
                 message = msgspec.structs.replace(message, tasks=tasks)
                 self._replace(waiting, message)
+                changed.add(id(waiting))
                 if not (message.tasks or message.functions or message.forget):
                     self.pending_bytes -= waiting.left_bytes
                     continue
@@ -240,10 +242,12 @@ class Outbox:
                 row = message.tasks[0]
                 if isinstance(row[-1], Frames):
                     self._replace(waiting, msgspec.structs.replace(message, tasks=[(*row[:-1], b"")]))
+                    changed.add(id(waiting))
             left.append(waiting)
         self._waiting = left
         for index, waiting in enumerate(left):
-            waiting.behind = self._last_conflict(waiting, index)
+            if waiting.behind is not None and not changed.isdisjoint((id(waiting), id(waiting.behind))):
+                waiting.behind = self._last_conflict(waiting, index)
         self._release()
 
     def _replace(self, waiting: _Waiting, message: TaskSubmit | TaskRun) -> None:
