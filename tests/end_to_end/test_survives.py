@@ -319,7 +319,8 @@ def measure(function: Callable[[], object], until: Callable[[], object]) -> list
 
 @pytest.mark.parametrize("who", ["client", "agent"])
 def test_large_argument_over_a_slow_way(scene: Scene, net: Net, who: str) -> None:
-    """While a large argument is under way over a slow link, cancels and other clients' calls do not wait for it."""
+    """While a large argument is under way over a slow link, cancels and other clients' calls do not wait for it; nor
+    does, at an agent, a new function of the same client."""
     executor, other, started = net.connect(), net.connect(net.cluster.connection), scene.fifo()
     net.ways[who].rate[UP if who == "client" else DOWN] = SLOW_BYTES_PER_S
     executor.submit(workload.echo, 1).result(DEADLINE_S)  # a new function is in order with the client's calls
@@ -332,6 +333,8 @@ def test_large_argument_over_a_slow_way(scene: Scene, net: Net, who: str) -> Non
     wait_gone(pid)
     behind = executor.submit(workload.echo, "behind")
     behind_s = measure(lambda: behind.cancel(), behind.done)
+    if who == "agent":
+        assert executor.submit(lambda: "new").result(DEADLINE_S) == "new" and not large.done()
     is_under_way = not large.done()
     took = measure(lambda: other.submit(workload.echo, 1).result(DEADLINE_S), large.done)
     assert large.result(0) == ARGUMENT_BYTES
