@@ -20,9 +20,9 @@ Where things run:
     1  a pair of connected sockets that the serve process inherits; nothing listens
 
 A cluster of several machines has the same parts. `scaler-executor serve` is scheduler and agent in one process
-(`runtime.host`), `serve --join` an agent alone; an executor reaches them through a process of its own, the relay
-(`runtime.relay`), which stands where its serve process would. Between machines there are sessions (`protocol.link`)
-over zmq with CURVE (`runtime.network`).
+(`runtime.host`), `serve --join` an agent alone (`runtime.agent_host`); an executor reaches them through a process of
+its own, the relay (`runtime.relay`), which stands where its serve process would. Between machines there are sessions
+(`protocol.link`) over zmq with CURVE (`runtime.network`).
 
 `submit` pickles the call in the caller's thread and leaves it to the I/O thread (`runtime.client`), which speaks to the
 scheduler for every future. What a message means is decided in `protocol`, which does no I/O; `runtime` does the I/O.

@@ -97,8 +97,8 @@ class _Observer:
     """A connection to a scheduler, for somebody who asks and waits."""
 
     def __init__(self, connection: Connection) -> None:
+        from scaler_executor.runtime.dialer import Dialer
         from scaler_executor.runtime.loop import Loop
-        from scaler_executor.runtime.network import Dialer
 
         self._address = connection.address
         self._loop = Loop()

@@ -1,6 +1,6 @@
 """What `scaler-executor serve` and `keygen` do: the files, the words, the exit codes.
 
-The processes themselves are `scaler_executor.runtime.host`.
+The processes themselves are `scaler_executor.runtime.host` and `agent_host`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scaler_executor.runtime.security import (
 if TYPE_CHECKING:
     import zmq
 
-    from scaler_executor.runtime.host import Workers
+    from scaler_executor.runtime.hosting import Workers
 
 #: Tried first by a cluster that has had no port yet.
 DEFAULT_PORT: Final = 5735
@@ -70,7 +70,8 @@ def serve(
     keys, last_port = directory.server()
     addresses = _addresses(bind, last_port)
     machine = _start_workers(workers, preload)
-    from scaler_executor.runtime.host import SchedulerHost, raise_descriptor_limit
+    from scaler_executor.runtime.host import SchedulerHost
+    from scaler_executor.runtime.process import raise_descriptor_limit
 
     raise_descriptor_limit()
     host = None
@@ -120,7 +121,8 @@ def join(
     if workers == 0:
         raise ConfigurationError("a machine that joins needs --workers of at least 1")
     machine = _start_workers(workers, preload)
-    from scaler_executor.runtime.host import AgentHost, raise_descriptor_limit
+    from scaler_executor.runtime.agent_host import AgentHost
+    from scaler_executor.runtime.process import raise_descriptor_limit
 
     raise_descriptor_limit()
     host = AgentHost(connection, machine, name or socket.gethostname(), grace_s, _say)
@@ -228,7 +230,7 @@ def _start_workers(count: int | None, preload: Sequence[str]) -> Workers:
             found = None
         if found is None:
             raise ConfigurationError(f"there is no module {module!r} to preload")
-    from scaler_executor.runtime.host import Workers
+    from scaler_executor.runtime.hosting import Workers
 
     return Workers(cpu_count_usable() if count is None else count, preload)
 

@@ -119,6 +119,12 @@ class Decoder(Generic[M]):
         return message  # type: ignore[no-any-return]
 
 
+def tag_of(header: Any) -> int | None:
+    """Return the tag of an encoded message, None if it has none that its first two bytes tell."""
+    is_short_array = len(header) > 1 and header[0] & 0xF0 == 0x90
+    return header[1] if is_short_array and header[1] < 0x80 else None
+
+
 def _place_frames(message: Any, frames: list[Any]) -> int:
     """Put the frames where the extension values stand. Return how many are left over."""
     kind = type(message)

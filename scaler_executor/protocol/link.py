@@ -62,6 +62,11 @@ LOST: Final = "LOST"
 
 #: A cut that lasts longer is the peer's loss.
 LEASE_S: Final = 60.0
+#: What `beat_s` is everywhere.
+BEAT_S: Final = 1.0
+#: For a cut of some length not to be noticed, the lease is so much longer: the peer may have been heard last a beat
+#: before it was cut off, and needs a moment to connect and to greet when it can.
+LEASE_ALLOWANCE_S: Final = BEAT_S + 0.5
 #: With beats: a transport that is silent for longer is gone.
 SILENCE_S: Final = 4.0
 #: ... and so is, for the end that connects, one over which it is not known to have been heard for so many times as
@@ -218,8 +223,13 @@ class LinkState:
 
     @property
     def room(self) -> int:
-        """How many bytes should be sent now at most; what is small may always be."""
+        """How many bytes of what is large should be sent now at most."""
         return self._window.size_bytes - self._kept_bytes
+
+    @property
+    def small_room(self) -> int:
+        """The same of what is small: it need not wait until there is room for more of what is large."""
+        return 2 * self._window.size_bytes - self._kept_bytes
 
     def _silent_due(self) -> float | None:
         if self._beat_s is None or self.state not in (GREETING, UP):
@@ -281,7 +291,7 @@ class LinkState:
             self._lease_due = self.heard_at + self.lease_s
         self._ack_due = None
         self._connected_at = self._now
-        self._window.renew()
+        self._window.renew(self._now)
         if self._connects:
             self._epoch += 1
             self._out.append(Transmit(self._greeting()))
@@ -367,12 +377,12 @@ class LinkState:
         if not self._connects and self._beat_s is not None:
             # Not each acknowledgement of many: packets tell as much.
             self._must_answer = self._said_at + self._beat_s / 2 <= self._now
-        kept = self._kept
+        kept, kept_bytes = self._kept, self._kept_bytes
         sent_at = next((at for seq, _, _, at in kept if seq == frame.received), None) if kept else None
         self._forget_up_to(frame.received)
         if sent_at is not None:
             delay_s = max(0.0, self._now - sent_at - max(0.0, frame.held_s))
-            self._window.acknowledged(delay_s, self._kept_bytes, self._now)
+            self._window.acknowledged(sent_at, delay_s, kept_bytes, self._now)
 
     def _lease_over(self, link: LinkState) -> None:
         self._lose(f"it could not be reached for {self.lease_s:g} s")

@@ -1,13 +1,9 @@
 """Large payloads in pieces, so that nothing else waits for them.
 
 A message whose parts are small is one packet. What is large in it, its header or a frame, goes ahead in pieces, and
-the message follows when they are all sent; in between goes what has nothing to do with it. This module knows which
-messages may overtake which, and puts the pieces together again. It knows neither connections (`link` carries the
-packets) nor what becomes of a message.
-
-What may overtake: a message that names no task of those that wait, and needs no function that waits. A client's tasks
-keep their order, for they are numbered; so do all calls of a client whose functions wait. Everything else, the news of
-a peer's end say, overtakes nothing and is not overtaken.
+the message follows when they are all sent; in between goes what has nothing to do with it, see `precedence`. This
+module makes the pieces and puts them together again. It knows neither connections (`link` carries the packets) nor
+what becomes of a message.
 """
 
 from __future__ import annotations
@@ -18,41 +14,20 @@ from typing import Any, Final
 import msgspec
 
 from scaler_executor.protocol.codec import MAX_FRAMES, Encoder, RemoteProtocolError
-from scaler_executor.protocol.messages import (
-    AgentCapacity,
-    AgentConfirm,
-    AgentResult,
-    CancelKind,
-    ClientGone,
-    ClientLimit,
-    ClientLimited,
-    Frames,
-    InheritanceLost,
-    InheritanceReplaced,
-    Message,
-    TaskCancel,
-    TaskCancelConfirm,
-    TaskDied,
-    TaskResult,
-    TaskReturned,
-    TaskRun,
-    TaskRunning,
-    TaskSplit,
-    TaskSubmit,
-    WorkersBroken,
-)
+from scaler_executor.protocol.messages import CancelKind, Frames, Message, TaskCancel, TaskRun, TaskSubmit
+from scaler_executor.protocol.precedence import PIECE_BYTES, Keys, divide
 
-#: A part that is larger than this goes in pieces of this size.
-PIECE_BYTES: Final = 1 << 16
-#: So many messages are sent piece by piece at once; others wait.
+#: So many messages are sent piece by piece in turn. Every other turn is that of the one of which the least is left,
+#: whichever it is, unless twice as many have been begun.
 MAX_IN_PIECES: Final = 8
-#: Rows go in one message up to so many frames, for a message may have `MAX_FRAMES`: calls of several clients, say, of
-#: which each is within it.
-GROUP_FRAMES: Final = MAX_FRAMES // 4
 #: A receiver keeps no more unfinished parts than this of one peer.
 MAX_BLOBS: Final = 2 * MAX_IN_PIECES * MAX_FRAMES
-#: In the place of a client: this one, where there is only one.
-_OWN: Final = -1
+#: The messages that have been begun are no larger than this together, besides one that is larger alone and besides
+#: those that are small.
+BEGUN_BYTES: Final = 1 << 30
+SMALL_BYTES: Final = 16 << 20
+#: So much comes of a peer, then, that cannot be put together yet, unless one message is larger.
+UNFINISHED_BYTES: Final = BEGUN_BYTES + 2 * MAX_IN_PIECES * SMALL_BYTES
 
 
 class Packet(msgspec.Struct):
@@ -72,69 +47,16 @@ class Packet(msgspec.Struct):
         return sum(map(len, self.parts)) + 64
 
 
-class _Keys:
-    """What a message is about, for `conflict`."""
-
-    __slots__ = ("exclusive", "is_barrier", "owners", "tasks")
-
-    def __init__(self, message: Message) -> None:
-        #: Tasks that it names.
-        self.tasks: set[int] = set()
-        #: Clients to whose calls it adds.
-        self.owners: set[int] = set()
-        #: Clients of which it says something that their other calls need.
-        self.exclusive: set[int] = set()
-        self.is_barrier = False
-        if isinstance(message, TaskSubmit):
-            self.tasks.update(row[0] for row in message.tasks)
-            self.exclusive.add(_OWN)
-        elif isinstance(message, TaskRun):
-            self.tasks.update(row[0] for row in message.tasks)
-            self.owners.update(row[2] for row in message.tasks)
-            self.exclusive.update(client_id for client_id, _ in [*message.functions, *message.forget])
-        elif isinstance(message, TaskCancel):
-            self.tasks.update(row[0] for row in message.cancels)
-        elif isinstance(message, (TaskResult, AgentResult)):
-            self.tasks.update(row[0] for row in message.results)
-        elif isinstance(message, (TaskCancelConfirm, AgentConfirm)):
-            self.tasks.update(row[0] for row in message.confirms)
-        elif isinstance(message, TaskRunning):
-            self.tasks.update(message.tasks)
-        elif isinstance(message, TaskReturned):
-            self.tasks.update(row[0] for row in message.tasks)
-        elif isinstance(message, TaskDied):
-            self.tasks.update(row[0] for row in message.deaths)
-        elif isinstance(message, TaskSplit):
-            for task_id, _, at in message.splits:
-                self.tasks |= {task_id, task_id + at}
-        elif isinstance(
-            message,
-            (ClientGone, ClientLimit, ClientLimited, InheritanceLost, InheritanceReplaced, WorkersBroken),
-        ):
-            self.exclusive.add(message.client_id)
-        else:
-            self.is_barrier = not isinstance(message, AgentCapacity)
-
-    def conflict(self, other: _Keys) -> bool:
-        """Tell whether neither may overtake the other."""
-        return (
-            self.is_barrier
-            or other.is_barrier
-            or not self.tasks.isdisjoint(other.tasks)
-            or not self.exclusive.isdisjoint(other.exclusive)
-            or not self.exclusive.isdisjoint(other.owners)
-            or not self.owners.isdisjoint(other.exclusive)
-        )
-
-
 class _Waiting:
     """A message that goes in pieces, or that waits behind one."""
 
-    __slots__ = ("at", "blobs", "keys", "message", "packet", "sent", "sizes")
+    __slots__ = ("at", "behind", "blobs", "keys", "left_bytes", "message", "packet", "sent", "size_bytes")
 
-    def __init__(self, message: Message, keys: _Keys) -> None:
+    def __init__(self, message: Message, keys: Keys) -> None:
         self.message = message
         self.keys = keys
+        #: The last one of those before it that it must not overtake, or None.
+        self.behind: _Waiting | None = None
         #: The parts that are still to be sent in pieces, next first: (blob, buffer).
         self.blobs: deque[tuple[int, memoryview]] = deque()
         #: What of the first one has been sent.
@@ -142,8 +64,13 @@ class _Waiting:
         #: The blobs that have been sent whole.
         self.sent: list[int] = []
         self.packet = Packet([])
-        #: Bytes of it that are still to be sent.
-        self.sizes = 0
+        #: Bytes of it, and those that are still to be sent.
+        self.size_bytes = self.left_bytes = 0
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether pieces of it have been sent."""
+        return bool(self.at or self.sent)
 
 
 class Outbox:
@@ -165,7 +92,7 @@ class Outbox:
         """Have `message` sent."""
         if self._waiting and isinstance(message, TaskCancel):
             self._abandon(message)
-        for part in _split(message):
+        for part in divide(message, [waiting.keys for waiting in self._waiting]):
             self._put(part)
 
     def put_encoded(self, header: Any, frames: list[Any]) -> bool:
@@ -175,9 +102,9 @@ class Outbox:
         self._append(Packet([header, *frames]))
         return True
 
-    def take(self) -> Packet | None:
-        """Return the next packet, or None."""
-        if not self._ready:
+    def take(self, with_pieces: bool = True) -> Packet | None:
+        """Return the next packet, or None; `with_pieces`: also if it is one of what is large."""
+        if not self._ready and with_pieces:
             self._next_piece()
         if not self._ready:
             return None
@@ -196,12 +123,22 @@ class Outbox:
         if not large and not self._waiting:
             self._append(Packet(parts))
             return
-        waiting = _Waiting(message, _Keys(message))
-        if not large and not any(waiting.keys.conflict(other.keys) for other in self._waiting):
+        waiting = _Waiting(message, Keys(message))
+        waiting.behind = self._last_conflict(waiting, len(self._waiting))
+        if not large and waiting.behind is None:
             self._append(Packet(parts))
             return
         self._fill(waiting, parts, large)
         self._waiting.append(waiting)
+
+    def _last_conflict(self, waiting: _Waiting, end: int) -> _Waiting | None:
+        """Return the last one of the first `end` that this one must not overtake."""
+        # The last one: of many in a row each is behind the one before it, and is looked at once.
+        conflict, others = waiting.keys.conflict, self._waiting
+        for index in range(end - 1, -1, -1):
+            if conflict(others[index].keys):
+                return others[index]
+        return None
 
     def _fill(self, waiting: _Waiting, parts: list[Any], large: list[int]) -> None:
         packet = waiting.packet
@@ -210,21 +147,14 @@ class Outbox:
             self._last_blob += 1
             packet.blobs.append((index, self._last_blob))
             waiting.blobs.append((self._last_blob, memoryview(parts[index]).cast("B")))
-        waiting.sizes = sum(map(len, parts))
-        self.pending_bytes += waiting.sizes
+        waiting.size_bytes = waiting.left_bytes = sum(map(len, parts))
+        self.pending_bytes += waiting.left_bytes
 
     def _next_piece(self) -> None:
-        """Have the next piece sent, and what can go then; the messages that go in pieces take turns."""
-        candidates = []
-        for index, waiting in enumerate(self._waiting):
-            if waiting.blobs and not any(waiting.keys.conflict(other.keys) for other in self._waiting[:index]):
-                candidates.append(waiting)
-                if len(candidates) == MAX_IN_PIECES:
-                    break
-        if not candidates:
+        """Have the next piece sent, and what can go then."""
+        waiting = self._next_waiting()
+        if waiting is None:
             return
-        self._turn += 1
-        waiting = candidates[self._turn % len(candidates)]
         blob, buffer = waiting.blobs[0]
         piece = buffer[waiting.at : waiting.at + PIECE_BYTES]
         waiting.at += len(piece)
@@ -233,22 +163,59 @@ class Outbox:
             waiting.blobs.popleft()
             waiting.at = 0
             waiting.sent.append(blob)
-        waiting.sizes -= len(piece)
+        waiting.left_bytes -= len(piece)
         self.pending_bytes -= len(piece)
         self._append(Packet([piece], blob, is_last))
         if not waiting.blobs:
             self._release()
 
+    def _next_waiting(self) -> _Waiting | None:
+        """Return the message whose turn it is."""
+        free = [waiting for waiting in self._waiting if waiting.behind is None]
+        if not free:
+            return None
+        self._turn += 1
+        free = self._may_be_sent(free)
+        if self._turn % 2 and len(free) > 1:
+            return min(free, key=_left_bytes)
+        oldest = free[:MAX_IN_PIECES]
+        return oldest[self._turn // 2 % len(oldest)]
+
+    @staticmethod
+    def _may_be_sent(free: list[_Waiting]) -> list[_Waiting]:
+        """Return those of these messages that have been begun or may be, by the limits of what may be begun."""
+        begun = [waiting for waiting in free if waiting.is_begun]
+        if len(begun) == len(free):
+            return free
+        if len(begun) >= 2 * MAX_IN_PIECES:
+            return begun
+        room = BEGUN_BYTES - sum(waiting.size_bytes for waiting in begun)
+        may_be_sent = []
+        is_first = True
+        for waiting in free:
+            if not waiting.is_begun and waiting.size_bytes > SMALL_BYTES:
+                # Those that are behind the first of them do not keep it waiting.
+                fits = is_first and (not begun or waiting.size_bytes <= room)
+                is_first = False
+                if not fits:
+                    continue
+            may_be_sent.append(waiting)
+        return may_be_sent
+
     def _release(self) -> None:
         """Have those messages sent that wait for nothing any more."""
         left: list[_Waiting] = []
-        for waiting in self._waiting:
-            if waiting.blobs or any(waiting.keys.conflict(other.keys) for other in left):
+        gone: set[int] = set()
+        all_waiting, self._waiting = self._waiting, left
+        for waiting in all_waiting:
+            if waiting.behind is not None and id(waiting.behind) in gone:
+                waiting.behind = self._last_conflict(waiting, len(left))
+            if waiting.blobs or waiting.behind is not None:
                 left.append(waiting)
             else:
-                self.pending_bytes -= waiting.sizes
+                gone.add(id(waiting))
+                self.pending_bytes -= waiting.left_bytes
                 self._append(waiting.packet)
-        self._waiting = left
 
     def _abandon(self, cancel: TaskCancel) -> None:
         """Do not send what is cancelled. The cancel follows at once.
@@ -260,25 +227,27 @@ class Outbox:
         every = {row[0] for row in cancel.cancels}
         forced = {row[0] for row in cancel.cancels if row[2] == CancelKind.FORCED}
         left: list[_Waiting] = []
+        changed: set[int] = set()
         for waiting in self._waiting:
             message = waiting.message
             if isinstance(message, TaskSubmit) and not every.isdisjoint(waiting.keys.tasks):
-                message = TaskSubmit(
-                    [row for row in message.tasks if row[0] not in every],
-                    message.functions,
-                    message.forget,
-                    message.parent,
-                )
+                tasks = [row for row in message.tasks if row[0] not in every]
+                message = msgspec.structs.replace(message, tasks=tasks)
                 self._replace(waiting, message)
+                changed.add(id(waiting))
                 if not (message.tasks or message.functions or message.forget):
-                    self.pending_bytes -= waiting.sizes
+                    self.pending_bytes -= waiting.left_bytes
                     continue
             elif isinstance(message, TaskRun) and len(message.tasks) == 1 and message.tasks[0][0] in forced:
                 row = message.tasks[0]
                 if isinstance(row[-1], Frames):
-                    self._replace(waiting, TaskRun([(*row[:-1], b"")], message.functions, message.forget))
+                    self._replace(waiting, msgspec.structs.replace(message, tasks=[(*row[:-1], b"")]))
+                    changed.add(id(waiting))
             left.append(waiting)
         self._waiting = left
+        for index, waiting in enumerate(left):
+            if waiting.behind is not None and not changed.isdisjoint((id(waiting), id(waiting.behind))):
+                waiting.behind = self._last_conflict(waiting, index)
         self._release()
 
     def _replace(self, waiting: _Waiting, message: TaskSubmit | TaskRun) -> None:
@@ -286,68 +255,17 @@ class Outbox:
         begun = [*waiting.sent, waiting.blobs[0][0]] if waiting.at else waiting.sent
         for blob in begun:
             self._append(Packet([b""], blob, True))
-        self.pending_bytes -= waiting.sizes
+        self.pending_bytes -= waiting.left_bytes
         waiting.sent, waiting.at = [], 0
         waiting.blobs.clear()
-        waiting.message, waiting.keys = message, _Keys(message)
+        waiting.message, waiting.keys = message, Keys(message)
         header, frames = self._encoder.encode(message)
         parts = [header, *frames]
         self._fill(waiting, parts, [index for index, part in enumerate(parts) if len(part) > PIECE_BYTES])
 
 
-def _split(message: Message) -> list[Message]:
-    """Make messages of their own of rows with large payloads, and of functions that are large or go before them."""
-    if isinstance(message, (TaskSubmit, TaskRun)):
-        rows: list[Any] = message.tasks
-    elif isinstance(message, (TaskResult, AgentResult)):
-        rows = message.results
-    else:
-        return [message]
-    groups: list[list[Any]] = [[]]
-    frames = 0
-    for row in rows:
-        payload = row[-1]
-        if type(payload) is Frames:
-            if _is_large(payload):
-                groups += [[row], []]
-                frames = 0
-                continue
-            frames += len(payload.buffers)
-            if frames > GROUP_FRAMES:
-                groups.append([])
-                frames = len(payload.buffers)
-        groups[-1].append(row)
-    groups = [group for group in groups if group]
-    if isinstance(message, TaskSubmit):
-        large = _are_large([function.blob for function in message.functions])
-        if len(groups) < 2 and not (groups and _is_large(groups[0][0][-1])) and not large:
-            return [message]
-        submits: list[Message] = [TaskSubmit([], [function]) for function in message.functions]
-        submits += [TaskSubmit(group, parent=message.parent) for group in groups]
-        return [*submits, TaskSubmit([], forget=message.forget)] if message.forget else submits
-    if isinstance(message, TaskRun):
-        large = _are_large([function.blob for _, function in message.functions])
-        if len(groups) < 2 and not (groups and _is_large(groups[0][0][-1])) and not large:
-            return [message]
-        runs: list[Message] = [TaskRun([], [function]) for function in message.functions]
-        runs += [TaskRun(group) for group in groups]
-        return [*runs, TaskRun([], [], message.forget)] if message.forget else runs
-    if len(groups) < 2:
-        return [message]
-    if isinstance(message, TaskResult):
-        return [TaskResult(group) for group in groups]
-    return [AgentResult(group) for group in groups]
-
-
-def _are_large(blobs: list[Any]) -> bool:
-    frames = sum(len(blob.buffers) for blob in blobs if type(blob) is Frames)
-    return frames > GROUP_FRAMES or any(map(_is_large, blobs))
-
-
-def _is_large(payload: Any) -> bool:
-    return type(payload) is Frames and (
-        len(payload.buffers) > GROUP_FRAMES or any(len(buffer) > PIECE_BYTES for buffer in payload.buffers)
-    )
+def _left_bytes(waiting: _Waiting) -> int:
+    return waiting.left_bytes
 
 
 class Inbox:
@@ -357,7 +275,7 @@ class Inbox:
         max_bytes: Unfinished messages of the peer take no more than this.
     """
 
-    def __init__(self, max_bytes: int = 1 << 40) -> None:
+    def __init__(self, max_bytes: int = UNFINISHED_BYTES) -> None:
         self._max_bytes = max_bytes
         #: Unfinished blobs, and finished ones whose message has not come; the latter by their negative numbers.
         self._blobs: dict[int, bytearray] = {}

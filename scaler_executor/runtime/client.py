@@ -222,7 +222,8 @@ class ClientFutureManager:
         self._writer = StreamWriter(cluster.socket)
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])
-        self._outgoing: deque[Message] = deque([self._hello])
+        #: Messages, each with the bytes of payload in it where these are limited.
+        self._outgoing: deque[tuple[Message, int]] = deque([(self._hello, 0)])
         #: Where they are limited: bytes of payload in `_outgoing`, whether callers wait, and for what. Changed by the
         #: I/O thread.
         self._outgoing_bytes = 0
@@ -881,7 +882,7 @@ class ClientFutureManager:
         self._on_lost(lost, reason)
         self._outgoing.clear()
         self._outgoing_bytes = 0
-        self._outgoing.append(self._hello)
+        self._outgoing.append((self._hello, 0))
         self._is_welcome = False
 
     def _on_broken(self, reason: str) -> None:
@@ -928,8 +929,7 @@ class ClientFutureManager:
     # Sending
 
     def _queue(self, message: Message) -> None:
-        if self._cluster.max_unsent_bytes is not None:
-            self._outgoing_bytes += _payload_bytes(message)
+        messages = [message]
         if isinstance(message, TaskSubmit) and len(message.tasks) > TASKS_PER_MESSAGE:
             tasks = message.tasks
             steps = range(0, len(tasks), TASKS_PER_MESSAGE)
@@ -937,9 +937,12 @@ class ClientFutureManager:
             # Functions go before all calls of theirs, and are forgotten behind all.
             pieces[0].functions = message.functions
             pieces[-1].forget = message.forget
-            self._outgoing.extend(pieces)
-        else:
-            self._outgoing.append(message)
+            messages = [*pieces]
+        is_limited = self._cluster.max_unsent_bytes is not None
+        for each in messages:
+            payload_bytes = _payload_bytes(each) if is_limited else 0
+            self._outgoing_bytes += payload_bytes
+            self._outgoing.append((each, payload_bytes))
 
     def _flush(self) -> None:
         """Write as much as the socket takes, but not so much that answers have to wait."""
@@ -947,9 +950,8 @@ class ClientFutureManager:
             for _ in range(MESSAGES_PER_TURN):
                 if (self._writer.pending_bytes and not self._writer.flush()) or not self._outgoing:
                     return
-                message = self._outgoing.popleft()
-                if self._cluster.max_unsent_bytes is not None:
-                    self._outgoing_bytes -= _payload_bytes(message)
+                message, payload_bytes = self._outgoing.popleft()
+                self._outgoing_bytes -= payload_bytes
                 self._writer.send(self._encoder.pack(message))
         except ConnectionError:
             self._drop_unsent()  # its last words are still to be read, and then it is lost

@@ -1,117 +1,48 @@
-"""`scaler-executor serve`: a scheduler for many clients and agents, and the agent of a machine.
+"""`scaler-executor serve`: a scheduler for many clients and agents.
 
-`SchedulerHost` is the process that clients and other machines' agents connect to; its own workers, if it has some, are
-an agent like any other, in the same loop. `AgentHost` is the process of a machine that has joined. Neither ends with a
-client: they end when they are told to, by a signal.
-
-The forker is forked first, before there is a zmq context, whose threads and sockets it should not have.
+`SchedulerHost` is the process that clients and other machines' agents (`runtime.agent_host`) connect to; its own
+workers, if it has some, are an agent like any other, in the same loop. It does not end with a client, but when it is
+told to, by a signal.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import resource
-import signal
 import socket
-import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
 
 from scaler_executor.protocol import agent as agent_protocol
-from scaler_executor.protocol import link
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, RemoteProtocolError
-from scaler_executor.protocol.messages import (
-    Bye,
-    FromPeerMessage,
-    Hello,
-    Message,
-    OperatorCancel,
-    RefusalKind,
-    Refused,
-    ToAgentMessage,
-)
-from scaler_executor.runtime import log, platform
+from scaler_executor.protocol.messages import FromPeerMessage, Hello, Message, OperatorCancel, RefusalKind, Refused
+from scaler_executor.runtime import log
 from scaler_executor.runtime.agent import AgentRuntime
-from scaler_executor.runtime.forker import start_forker_by_fork
-from scaler_executor.runtime.identity import Identity
+from scaler_executor.runtime.hosting import (
+    AGENT_LEASE_S,
+    CLIENT_LEASE_S,
+    EXIT_STOPPED,
+    LAST_WORDS_S,
+    Workers,
+    python_version,
+    watch_ends,
+)
+from scaler_executor.runtime.listener import Listener, Peer
 from scaler_executor.runtime.loop import Loop
-from scaler_executor.runtime.network import Dialer, Listener, Peer
-from scaler_executor.runtime.security import OWN_NAME, ClusterDirectory, Connection, Keys
-from scaler_executor.runtime.signals import watch_signals
-from scaler_executor.runtime.worker import WorkerConfig
+from scaler_executor.runtime.process import collect_rarely
+from scaler_executor.runtime.security import OWN_NAME, ClusterDirectory, Keys
 
 #: The agent in the scheduler's process; peers of the listener count from 1.
 LOCAL_AGENT: Final = 0
-#: Silence after which an agent counts as dead: it has stopped its calls by then.
-AGENT_LEASE_S: Final = scheduler_protocol.FENCE_S
-#: Silence after which a client's calls are dropped.
-CLIENT_LEASE_S: Final = 60.0
 #: How often the allowed keys are looked at.
 REREAD_S: Final = 0.5
-#: How long the last words may take to arrive.
-LAST_WORDS_S: Final = 2.0
 #: A client's unfinished tasks may take so much here; what it submits beyond that waits on its own machine.
 CLIENT_BYTES: Final = 1 << 30
 #: A client to which more than this waits to be sent is given nothing more to run.
 CONGESTED_BYTES: Final = 64 << 20
 #: The agent stops reading results when so much waits to be sent.
 UPSTREAM_BYTES: Final = 1 << 30
-
-EXIT_STOPPED: Final = 1
-
-
-def python_version() -> str:
-    """Return what two processes must have in common to read each other's pickles."""
-    major, minor = sys.version_info[:2]
-    free_threaded = "t" if "t" in getattr(sys, "abiflags", "") else ""
-    return f"{major}.{minor}{free_threaded}"
-
-
-class Workers:
-    """The workers of this machine: the forker, and what starts another one in its place.
-
-    Args:
-        count: So many at once; 0: none.
-        preload: Modules that workers find imported.
-        name: Of the cluster, for whoever looks at the processes.
-    """
-
-    def __init__(self, count: int, preload: Sequence[str]) -> None:
-        self.count = count
-        self._preload = list(preload)
-        self._pids: list[int] = []
-        self.control = self.start_forker()
-
-    def start_forker(self) -> socket.socket | None:
-        """Fork the forker from this process."""
-        if not self.count:
-            return None
-        config = WorkerConfig(
-            sys_path=list(sys.path),
-            argv=list(sys.argv[:1]),
-            identity=Identity(parent_pid=os.getpid(), start_method="spawn", authkey=os.urandom(32)),
-            preload=self._preload,
-        )
-        pid, control = start_forker_by_fork(config, [fd for fd in platform.open_descriptors() if fd > 2])
-        self._pids.append(pid)
-        return control
-
-    def join(self) -> None:
-        """Wait until the forkers have ended, which they do when they are let go."""
-        deadline = monotonic() + LAST_WORDS_S
-        for pid in self._pids:
-            platform.has_child_ended(pid, max(0.0, deadline - monotonic()))
-
-
-def _watch_ends(loop: Loop, drain: Callable[[], None], stop: Callable[[], None]) -> None:
-    """Have the first SIGINT or SIGTERM drain, and the second one stop."""
-    steps = iter([drain])
-    watch_signals(loop, [signal.SIGINT, signal.SIGTERM], lambda: next(steps, stop)())
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class SchedulerHost:
@@ -168,7 +99,7 @@ class SchedulerHost:
             )
             self._to_scheduler.append(Hello("agent", python=python_version(), name=socket.gethostname()))
         self._reread_at = monotonic() + REREAD_S
-        _watch_ends(self.loop, self.drain, self.stop)
+        watch_ends(self.loop, self.drain, self.stop)
         self._end_by: float | None = None
         self._is_ending = self._is_stopped = False
         #: When it ends, whether its last words have arrived or not.
@@ -177,8 +108,7 @@ class SchedulerHost:
 
     def run(self) -> int:
         """Serve. Return the exit code."""
-        gc.freeze()
-        gc.set_threshold(200_000, 20, 100)
+        collect_rarely()
         self.loop.run(self._next_deadline, self._on_deadline, self._work, lambda: False)
         if self._agent is not None:
             self._agent.close()
@@ -347,168 +277,3 @@ class SchedulerHost:
         # One that takes nothing cannot stop the others.
         waiting = sum(min(peer.pending_bytes, CONGESTED_BYTES) for peer in self._peers.values())
         return waiting if waiting > UPSTREAM_BYTES else 0
-
-
-class AgentHost:
-    """The agent of a machine that has joined a cluster.
-
-    Args:
-        connection: Of the cluster.
-        workers: Of this machine.
-        name: As which the cluster knows it.
-        grace_s: What runs when it is told to end may run on for so long.
-        say: Takes a line for the person who started it.
-    """
-
-    def __init__(
-        self, connection: Connection, workers: Workers, name: str, grace_s: float, say: Callable[[str], None]
-    ) -> None:
-        assert workers.control is not None
-        self.loop = Loop()
-        self._workers = workers
-        self._name = name
-        self._grace_s = grace_s
-        self._say = say
-        self._address = connection.address
-        self._decode: Callable[[Any, list[Any]], Any] = Decoder[Any](ToAgentMessage).decode
-        self._dialer = Dialer(
-            self.loop,
-            connection.address,
-            connection.keys,
-            connection.server_key,
-            self._on_message,
-            self._on_lost,
-            self._on_failed,
-            lease_s=CLIENT_LEASE_S,
-        )
-        self._agent = AgentRuntime(
-            agent_protocol.AgentState(workers.count),
-            self.loop,
-            workers.control,
-            send=self._dialer_send,
-            upstream_bytes=self._upstream_bytes,
-            restart_forker=workers.start_forker,
-            inherits=False,
-            is_ending=lambda: False,
-            on_drained=self._on_drained,
-        )
-        self._dialer.send(self._hello())
-        self._is_up = False
-        #: Since when it is not known that the scheduler hears this machine, as the agent has been told; None: it hears.
-        self._unheard_since: float | None = self._dialer.session.link.proven_at
-        #: Whether the reason why there is no connection has been said.
-        self._said = ""
-        _watch_ends(self.loop, self.drain, self.stop)
-        self._end_by: float | None = None
-        #: It was told to end: it drains, and then it has said Bye.
-        self._is_leaving = self._has_left = False
-        self.exit_code = 0
-
-    def run(self) -> int:
-        """Work. Return the exit code."""
-        gc.freeze()
-        gc.set_threshold(200_000, 20, 100)
-        self.loop.run(self._next_deadline, self._on_deadline, self._work, lambda: False)
-        self._agent.close()
-        self._dialer.close()
-        self._workers.join()
-        return self.exit_code
-
-    def drain(self) -> None:
-        """Take nothing more, hand back what has not started, finish what runs."""
-        self._say(f"leaving: what runs may take another {self._grace_s:g} s; once more to stop it now")
-        self._end_by = monotonic() + self._grace_s
-        self._is_leaving = True
-        self._agent.drain()
-
-    def stop(self) -> None:
-        """End now, whatever runs."""
-        if self._agent.outstanding:
-            self.exit_code = EXIT_STOPPED
-        self._agent.close()
-        if self._dialer.session.link.state == link.UP:
-            self._dialer.send(Bye(force=True))
-        self.loop.stop()
-
-    def _hello(self) -> Hello:
-        return Hello("agent", python=python_version(), name=self._name)
-
-    def _dialer_send(self, message: Message) -> None:
-        self._dialer.send(message)
-
-    def _upstream_bytes(self) -> int:
-        return self._dialer.pending_bytes
-
-    def _work(self) -> None:
-        while self._dialer.drain():
-            pass
-        self._agent.upstream_has_room()
-        is_up = self._dialer.session.link.state == link.UP
-        if is_up != self._is_up:
-            self._is_up = is_up
-            if is_up:
-                self._said = ""
-                self._say(f"connected to {self._address}")
-        self._watch_link()
-        if self._has_left and (self._dialer.is_idle or not is_up):
-            self.loop.stop()
-
-    def _watch_link(self) -> None:
-        """Tell the agent whether the scheduler hears this machine: one that hears us no more may still be heard."""
-        session_link = self._dialer.session.link
-        now = monotonic()
-        if session_link.state == link.UP and now < session_link.proven_at + link.SILENCE_S:
-            if self._unheard_since is not None:
-                self._unheard_since = None
-                self._agent.handle(agent_protocol.SchedulerBack())
-        elif self._unheard_since != session_link.proven_at:
-            self._unheard_since = session_link.proven_at
-            self._agent.handle(agent_protocol.SchedulerLost(now - session_link.proven_at))
-
-    def _next_deadline(self) -> float | None:
-        unheard_at = self._dialer.session.link.proven_at + link.SILENCE_S if self._unheard_since is None else None
-        deadlines = (self._agent.next_deadline(), self._dialer.next_deadline(), self._end_by, unheard_at)
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
-
-    def _on_deadline(self) -> None:
-        if self._end_by is not None and self._end_by <= monotonic():
-            self._end_by = None
-            self.stop()
-        self._dialer.on_deadline()
-        self._agent.handle(agent_protocol.Tick())
-
-    def _on_message(self, header: Any, frames: list[Any]) -> None:
-        message = self._decode(header, frames)
-        if isinstance(message, Refused):
-            self._say(f"the cluster does not want it: {message.reason}")
-            if message.kind != RefusalKind.UNREACHABLE:
-                self.exit_code = EXIT_STOPPED
-                self.loop.stop()
-            return
-        self._agent.handle(agent_protocol.Received(message))
-
-    def _on_lost(self, reason: str) -> None:
-        self._say(f"the cluster has forgotten this machine ({reason}); it joins again")
-        self._is_up = False
-        self._unheard_since = self._dialer.session.link.proven_at
-        self._dialer.send(self._hello())  # before all that the agent has to say
-        self._agent.handle(agent_protocol.NewEpoch())
-        if self._is_leaving:
-            self._agent.drain()
-
-    def _on_failed(self, reason: str, is_refusal: bool) -> None:
-        if self._said != reason:
-            self._said = reason
-            self._say(f"no connection to {self._address}: {reason}; it will be tried again")
-
-    def _on_drained(self) -> None:
-        if self._is_leaving and not self._has_left:
-            self._has_left = True
-            self._dialer.send(Bye())
-
-
-def raise_descriptor_limit() -> None:
-    """Allow as many open files as may be: a worker costs four, a connection one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
+from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError, tag_of
 from scaler_executor.protocol.messages import (
     Bye,
     ClientMessage,
@@ -32,9 +32,9 @@ from scaler_executor.protocol.messages import (
     Welcome,
 )
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.host import CLIENT_LEASE_S, LAST_WORDS_S, python_version
+from scaler_executor.runtime.dialer import Dialer
+from scaler_executor.runtime.hosting import CLIENT_LEASE_S, LAST_WORDS_S, python_version
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
-from scaler_executor.runtime.network import Dialer
 from scaler_executor.runtime.security import Keys
 from scaler_executor.runtime.signals import watch_signals
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
@@ -77,7 +77,6 @@ class Relay:
             lease_s=CLIENT_LEASE_S,
         )
         self._dialer.send(self._hello())
-        self._is_reading = False
         self._loop.watch(config["client_pidfd"], self._client_gone)
         if platform.RESERVE_S is not None:
             self._parent_check_at: float | None = monotonic()
@@ -140,24 +139,20 @@ class Relay:
                 self._writer.flush()
             if self._is_leaving:
                 return
-            packets = self._reader.read()
+            for header, frames in self._reader.read():
+                self._from_client(header, frames)
         except (RemoteProtocolError, ConnectionError):
             self._client_gone()
             return
-        for header, frames in packets:
-            self._from_client(header, frames)
         if self._reader.eof:
             self._client_gone()
 
     def _from_client(self, header: Any, frames: list[Any]) -> None:
         if self._is_leaving:
             return
-        if self._has_hello and self._welcome is not None and len(header) > 3:
-            # A Bye has one item, and no other message that may come now has less than three bytes.
-            kind = header[1]
-            if kind not in _SPECIAL:
-                self._dialer.forward(header, frames, self._decode)
-                return
+        if self._has_hello and self._welcome is not None and tag_of(header) not in _FOR_US_FROM_CLIENT:
+            self._dialer.forward(header, frames, self._decode)
+            return
         message = self._decode(header, frames)
         if isinstance(message, Hello):
             self._has_hello = True
@@ -207,7 +202,7 @@ class Relay:
     # The scheduler
 
     def _on_message(self, header: Any, frames: list[Any]) -> None:
-        if self._welcome is not None and header[1] not in _SPECIAL_DOWN:
+        if self._welcome is not None and tag_of(header) not in _FOR_US_FROM_SCHEDULER:
             if self._has_hello:
                 self._write(self._encoder.join(header, frames))
             return
@@ -219,8 +214,9 @@ class Relay:
                 self._tell(message)
         elif isinstance(message, Refused):
             self._report(message.kind, message.reason)
-            self._on_lost(message.reason)
-            if message.kind != RefusalKind.UNREACHABLE:
+            if message.kind == RefusalKind.UNREACHABLE:
+                self._on_lost(message.reason)
+            else:
                 self._end(message)
         elif self._has_hello:
             self._tell(message)
@@ -251,9 +247,9 @@ class Relay:
             self._end(Refused(reason, RefusalKind.KEY))
 
 
-#: Tags of the messages that are not just passed on.
-_SPECIAL: Final = frozenset({1, 4})
-_SPECIAL_DOWN: Final = frozenset({2, 3})
+#: Messages that are not just passed on, by their tags. What has none that can be told is decoded, and refused.
+_FOR_US_FROM_CLIENT: Final = frozenset({None, *(kind.__struct_config__.tag for kind in (Hello, Bye))})
+_FOR_US_FROM_SCHEDULER: Final = frozenset({None, *(kind.__struct_config__.tag for kind in (Welcome, Refused))})
 
 
 def main(config: dict[str, Any]) -> NoReturn:

@@ -7,9 +7,7 @@ everything else is said through the same messages as between machines. It ends w
 
 from __future__ import annotations
 
-import gc
 import os
-import resource
 import signal
 import socket
 import sys
@@ -24,6 +22,7 @@ from scaler_executor.protocol.messages import ClientMessage, Hello, Message
 from scaler_executor.runtime import log, platform, surroundings
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
+from scaler_executor.runtime.process import collect_rarely, raise_descriptor_limit
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 AGENT: Final = 0
@@ -272,14 +271,8 @@ def main(config: dict[str, Any]) -> NoReturn:
     control_fd = config["control_fd"]
     control = socket.socket(fileno=control_fd) if control_fd is not None else _start_forker(config)
     assert control is not None
-    # A worker costs this process four descriptors. After the fork of the forker, for the limit of workers is the
-    # user's.
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # Rows and payloads have no cycles, and collecting over 100,000 of them would halve the rate.
-    gc.freeze()
-    gc.set_threshold(200_000, 20, 100)
+    raise_descriptor_limit()  # after the fork of the forker, for the limit of workers is the user's
+    collect_rarely()
     server = Server(socket.socket(fileno=config["socket_fd"]), config["client_pidfd"], control, config)
     try:
         server.run()

@@ -24,7 +24,7 @@ from scaler_executor.protocol.messages import (
     ToObserverMessage,
 )
 from scaler_executor.protocol.parcels import Inbox, Packet
-from scaler_executor.runtime.host import python_version
+from scaler_executor.runtime.hosting import python_version
 from scaler_executor.runtime.security import Connection
 
 

@@ -408,7 +408,12 @@ class Scene:
                 pass  # that of the listing itself
         things |= set(fds)
         # The semaphores of multiprocessing come and go with other processes' work; none of them is ours.
-        shared = {entry for entry in os.listdir("/dev/shm") if not entry.startswith("sem.mp-")}
+        # Nor is what bears the mark of another test, which another process runs at the same time.
+        shared = {
+            entry
+            for entry in os.listdir("/dev/shm")
+            if not entry.startswith("sem.mp-") and (MARK not in entry or self.mark in entry)
+        }
         things |= {f"shared memory {entry}" for entry in shared}
         things |= {f"temporary file {path}" for path in self.temporary.iterdir()}
         return things

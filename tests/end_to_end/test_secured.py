@@ -46,7 +46,7 @@ from scaler_executor.protocol.messages import (
     Welcome,
 )
 from scaler_executor.protocol.parcels import Packet
-from scaler_executor.runtime.host import python_version
+from scaler_executor.runtime.hosting import python_version
 from scaler_executor.runtime.security import ConfigurationError, Connection, Keys
 
 #: 5 s, and some for a machine that does other things.

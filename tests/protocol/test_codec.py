@@ -15,6 +15,7 @@ from scaler_executor.protocol.codec import (
     Encoder,
     LocalProtocolError,
     RemoteProtocolError,
+    tag_of,
 )
 from scaler_executor.protocol.messages import (
     AgentResult,
@@ -200,6 +201,20 @@ def test_damaged_messages(data, at, flip, cut):
             Decoder(messages.ClientMessage).decode(bad, frames)
         except RemoteProtocolError:
             pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(messages.Message.__subclasses__()))
+def test_tag(data, kind):
+    """The tag of any message can be told without decoding it."""
+    header, _ = Encoder().encode(data.draw(strategy(kind)))
+    assert tag_of(header) == kind.__struct_config__.tag
+
+
+@pytest.mark.parametrize("header", [b"", b"\x91", b"\x93\xcc", b"\x82\x05\x06", b"\xc0\x05"])
+def test_no_tag(header):
+    """What is no message has none, or none that the message is short enough to have."""
+    assert tag_of(header) is None
 
 
 def test_deeply_nested_input():

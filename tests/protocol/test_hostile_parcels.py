@@ -20,7 +20,8 @@ from scaler_executor.protocol.messages import (
     TaskRun,
     TaskSubmit,
 )
-from scaler_executor.protocol.parcels import GROUP_FRAMES, PIECE_BYTES, Inbox, Outbox, Packet
+from scaler_executor.protocol.parcels import Inbox, Outbox, Packet
+from scaler_executor.protocol.precedence import GROUP_FRAMES, PIECE_BYTES
 
 LARGE = bytes(range(256)) * 1000
 #: What an honest peer's bytes may grow to in memory: rows of small numbers grow most.

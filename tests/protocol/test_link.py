@@ -27,6 +27,7 @@ from scaler_executor.protocol.link import (
     Tick,
     Transmit,
 )
+from scaler_executor.protocol.window import ROUND
 
 US, THEM = b"us", b"them"
 
@@ -387,26 +388,36 @@ def test_room():
     assert link.room == room
 
 
+def test_window_of_a_single_packet_is_used():
+    """It grows again, though nothing is left on its way when that is acknowledged."""
+    link = beating()
+    for delay_s in [0.01] * ROUND + [0.5] * ROUND + [0.01] * ROUND:
+        size_bytes = link._window.size_bytes
+        link.send("a", size_bytes)
+        link.now += delay_s
+        link.got(Ack(1, link._last_seq))
+    assert link._window.size_bytes > size_bytes
+
+
 def test_acknowledgement_that_was_held_back():
     """What the other end waited with its acknowledgement is no delay of the way."""
     link = beating()
-    link.send("a", 1 << 18)
-    link.now = 0.01
-    link.got(Ack(1, 1))
+
+    def send(count, held_s=0.0):
+        for _ in range(count):
+            link.send("a", 1 << 16)
+            link.now += 0.01 + held_s
+            link.got(Ack(1, link._last_seq, held_s=held_s))
+
+    send(ROUND)
     first = link._window.size_bytes
-    link.now = 1.0
-    link.send("b", 1 << 18)
-    link.now = 1.21
-    link.got(Ack(1, 2, held_s=0.2))
+    send(2 * ROUND, held_s=0.2)
     assert link._window.size_bytes == first
-    link.now = 2.0
-    link.send("c", 1 << 18)
-    link.now = 2.21
-    link.got(Ack(1, 3))
+    for _ in range(ROUND):
+        link.send("a", 1 << 16)
+        link.now += 0.21
+        link.got(Ack(1, link._last_seq))
     assert link._window.size_bytes < first
-
-
-# Leaving
 
 
 def test_leaving_says_what_was_received():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaler_executor.protocol import parcels
 from scaler_executor.protocol.codec import Decoder, RemoteProtocolError
 from scaler_executor.protocol.messages import (
     AgentCapacity,
@@ -24,7 +25,8 @@ from scaler_executor.protocol.messages import (
     TaskRunning,
     TaskSubmit,
 )
-from scaler_executor.protocol.parcels import PIECE_BYTES, Inbox, Outbox, Packet
+from scaler_executor.protocol.parcels import MAX_IN_PIECES, Inbox, Outbox, Packet
+from scaler_executor.protocol.precedence import PIECE_BYTES
 
 ANY = Decoder(
     AgentCapacity
@@ -145,7 +147,12 @@ def test_encoded_must_be_known_while_others_wait():
         (run(1, large()), run(2, client_id=2), True),
         (run(1, large()), cancel(2), True),
         (run(1, large()), AgentCapacity(1, 1), True),
-        (run(1, large()), TaskRun([(2, 1, 1, 1, 0, 2, b"")], [(1, Function(2, "f", b""))]), False),
+        (run(1, large()), TaskRun([(2, 1, 1, 1, 0, 2, b"")], [(1, Function(2, "f", b""))]), True),
+        (run(1, large()), TaskRun([], [(1, Function(1, "f", b""))]), False),
+        (run(1, large()), TaskRun([], [], [(1, 1)]), False),
+        (run(1, large()), TaskRun([], [], [(1, 2)]), True),
+        (TaskRun([], [(1, Function(1, "d", large()))]), TaskRun([], [(1, Function(2, "f", b"", needs=[1]))]), False),
+        (TaskRun([], [(1, Function(1, "d", large()))]), ClientGone(1), False),
         (run(1, large()), TaskRun([(2, 1, 2, 1, 0, 2, b"")], [(2, Function(2, "f", b""))]), True),
         (run(1, large()), ClientGone(1), False),
         (run(1, large()), ClientGone(2), True),
@@ -208,6 +215,70 @@ def test_pieces_take_turns():
     assert way.pieces.count(1) in (3, 4, 5, 6)
     way.move()
     way.check_over()
+
+
+def test_what_is_short_does_not_wait_for_many():
+    """A short one takes every other turn, however many long ones there are; and so do those all the same."""
+    way = Way()
+    way.put(*(run(task_id, large(50), client_id=1) for task_id in range(1, 21)), run(99, large(3), client_id=2))
+    way.move(8)
+    assert [message.tasks[0][0] for message in way.arrived] == [99]
+    way.put(*(run(task_id, large(1)) for task_id in range(100, 120)))
+    way.move(60)
+    assert len(way.arrived) == 21
+    assert min(way.pieces.count(blob) for blob in range(1, MAX_IN_PIECES + 1)) >= 2
+    way.move()
+    way.check_over()
+
+
+def test_what_is_begun_is_limited(monkeypatch):
+    """The receiver has no more to keep than it allows: large messages are begun when there is room for them, in order,
+    one that is larger than that alone; short ones are not kept waiting for that."""
+    monkeypatch.setattr(parcels, "BEGUN_BYTES", 10 * PIECE_BYTES)
+    monkeypatch.setattr(parcels, "SMALL_BYTES", 2 * PIECE_BYTES)
+    way = Way()
+    way.put(*(run(task_id, large(pieces)) for task_id, pieces in enumerate([4, 4, 30, 4, 20, 3], 1)), run(7, large(1)))
+    most = 0
+    while way.outbox._waiting:
+        way.move(1)
+        begun = [
+            waiting for waiting in way.outbox._waiting if waiting.is_begun and waiting.size_bytes > 3 * PIECE_BYTES
+        ]
+        most = max(most, len(begun))
+        assert len(begun) == 1 or sum(waiting.size_bytes for waiting in begun) <= 10 * PIECE_BYTES
+    way.move()
+    assert most == 2
+    assert [message.tasks[0][0] for message in way.arrived if message.tasks[0][0] != 7] == [1, 2, 3, 4, 5, 6]
+    assert 7 in [message.tasks[0][0] for message in way.arrived[:2]]
+    way.check_over()
+
+
+def test_rows_that_must_wait_are_parted_from_others():
+    """A row about a task that waits does not keep those beside it waiting, nor does another client's function."""
+    way = Way()
+    way.put(AgentResult([(1, 1, 0, 1, 0, large())]))
+    way.move(1)
+    way.put(AgentConfirm([(1, 1, 1, 0, 0), (2, 1, 1, 0, 0)]), AgentResult([(1, 1, 1, 1, 0, b""), (3, 1, 0, 1, 0, b"")]))
+    assert way.move(2) == [AgentConfirm([(2, 1, 1, 0, 0)]), AgentResult([(3, 1, 0, 1, 0, b"")])]
+    way.move()
+    assert way.arrived[-2:] == [AgentConfirm([(1, 1, 1, 0, 0)]), AgentResult([(1, 1, 1, 1, 0, b"")])]
+    way.put(TaskRun([], [(1, Function(1, "f", large()))]))
+    way.move(1)
+    way.put(TaskRun([(1, 1, 1, 1, 0, 1, b""), (2, 1, 2, 1, 0, 1, b"")]))
+    assert way.move(1) == [run(2, client_id=2)]
+    way.move()
+    assert way.arrived[-1] == run(1)
+    way.check_over()
+
+
+def test_small_ones_alone():
+    """What is small can be had without what is large."""
+    outbox = Outbox()
+    outbox.put(run(1, large()))
+    assert outbox.take(with_pieces=False) is None
+    outbox.put(run(2))
+    assert outbox.take(with_pieces=False).piece_of == 0 and outbox.take(with_pieces=False) is None
+    assert outbox.take().piece_of == 1
 
 
 def test_cancelled_submit_is_withdrawn():

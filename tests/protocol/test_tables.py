@@ -106,6 +106,7 @@ def test_four_methods(state_class):
         "outstanding_tasks",
         "workers",
         "room",
+        "small_room",
         "is_established",
     }
 

@@ -353,9 +353,13 @@ class Run(Cluster):
                 key = (agent.index, worker.worker_id, head.seq, head.start)
                 sim = agent.workers.get(worker.worker_id)
                 stopping = head.state in ("STOPPING_SOFT", "FREEZING", "KILLING")
-                # Another client's idle worker is kept for it for a while.
-                idle = [0.0 if w.client is worker.client else w.idle_since + SLICE_S for w in crew.idle.values()]
-                stopping = stopping or crew.is_full(worker.client)
+                # Another client's idle worker is kept for it for a while. It is of no use to one that can have no more
+                # workers than its queued calls need, nor to anybody while no worker can be forked.
+                client = worker.client
+                idle = [0.0 for w in crew.idle.values() if w.client is client]
+                if client.max_workers - client.staff > client.queued and agent.state._hiring.hire_at is None:
+                    idle += [w.idle_since + SLICE_S for w in crew.idle.values() if w.client is not client]
+                stopping = stopping or crew.is_full(client)
                 if not idle or stopping or sim is None or sim.dead or sim.killed or sim.stuck or sim.frozen:
                     since.pop(key, None)
                 else:
