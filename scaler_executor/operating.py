@@ -48,18 +48,19 @@ def run(command: Callable[[], int], name: str) -> int:
         return 1
 
 
-def status(address: str | None, *, as_json: bool) -> int:
+def status(address: str | None, credentials: str | None = None, *, as_json: bool) -> int:
     """Print what a cluster is doing.
 
     Args:
-        address: Its connection file; None: SCALER_EXECUTOR_ADDRESS, or the cluster that is served here.
+        address: See `security.resolve`; None: SCALER_EXECUTOR_ADDRESS, or the cluster that is served here.
+        credentials: See `security.resolve`.
         as_json: For programs.
 
     Raises:
         ConfigurationError: The connection file.
         ConnectionError: The cluster does not answer, or not to us.
     """
-    with _Observer(_find(address)) as observer:
+    with _Observer(_find(address, credentials)) as observer:
         report = observer.ask(StatusAsk(), StatusReport)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(msgspec.structs.asdict(report))).decode())
@@ -68,14 +69,18 @@ def status(address: str | None, *, as_json: bool) -> int:
     return 0
 
 
-def cancel(address: str | None, tasks: list[tuple[int, int]]) -> int:
+def cancel(address: str, credentials: str | None, tasks: list[tuple[int, int]]) -> int:
     """Stop calls, (client_id, no), and wait until they have stopped. Return the exit code: 1 if some were not found, or
     run on.
+
+    Args:
+        address, credentials: See `security.resolve`.
+        tasks: Without repetitions.
 
     Raises:
         ConfigurationError, ConnectionError: As `status`.
     """
-    with _Observer(_find(address)) as observer:
+    with _Observer(_find(address, credentials)) as observer:
         stopping = set(observer.ask(OperatorCancel(tasks), OperatorAnswer).tasks)
         for task in tasks:
             if task not in stopping:
@@ -178,8 +183,16 @@ class _Observer:
             self._failure = AuthenticationError(f"the scheduler at {self._address} refuses: {reason}")
 
 
-def _find(address: str | None) -> Connection:
-    return resolve(address or os.environ.get(ADDRESS_VARIABLE) or default_directory() / "connection.json")
+def _find(address: str | None, credentials: str | None) -> Connection:
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    if address:
+        return resolve(address, credentials)
+    if credentials is not None:
+        raise ConfigurationError("--credentials goes with an address")
+    path = default_directory() / "connection.json"
+    if not path.exists():
+        raise ConfigurationError(f"no cluster is served here ({path} is missing); name a connection file")
+    return resolve(path)
 
 
 def _lines(report: StatusReport) -> list[str]:

@@ -26,6 +26,7 @@ from scaler_executor.runtime.security import (
     Keys,
     check_address,
     default_directory,
+    resolve,
 )
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ def serve(
 
 
 def join(
-    connection_file: Path,
+    address: str,
     *,
+    credentials: str | None = None,
     workers: int | None = None,
     name: str | None = None,
     preload: Sequence[str] = (),
@@ -107,7 +109,7 @@ def join(
     """Add this machine's workers to a cluster until a signal ends it. Return the exit code.
 
     Args:
-        connection_file: Of the cluster.
+        address, credentials: Of the cluster, see `security.resolve`.
         workers: At least 1; None: the usable CPUs.
         name: As which the cluster knows this machine; None: its host name.
         preload, grace_s, log_level: As for `serve`.
@@ -116,7 +118,7 @@ def join(
         ConfigurationError: It cannot start; says what to do.
     """
     _set_up_logging(log_level)
-    connection = Connection.load(connection_file)
+    connection = resolve(address, credentials)
     if workers == 0:
         raise ConfigurationError("a machine that joins needs --workers of at least 1")
     machine = _start_workers(workers, preload)
@@ -184,7 +186,8 @@ def list_keys(cluster: str) -> None:
 def _existing(cluster: str) -> ClusterDirectory:
     path = default_directory(cluster)
     if not (path / "server.json").exists():
-        raise ConfigurationError(f"no cluster {cluster!r} has been served here; start it with: scaler-executor serve")
+        command = "scaler-executor serve" + ("" if cluster == "default" else f" --name {cluster}")
+        raise ConfigurationError(f"no cluster {cluster!r} has been served here; start it with: {command}")
     return ClusterDirectory(path)
 
 

@@ -200,6 +200,7 @@ def environment_of(home: Path) -> dict[str, str]:
     """Return the environment of a user whose state is in `home`."""
     environment = dict(os.environ, XDG_STATE_HOME=str(home), PYTHONPATH=python_path())
     environment.pop("SCALER_EXECUTOR_ADDRESS", None)
+    environment.pop("SCALER_EXECUTOR_CREDENTIALS", None)
     return environment
 
 

@@ -102,6 +102,7 @@ class Served:
         self.directory = directory
         self.environment = {**os.environ, "XDG_STATE_HOME": str(directory)}
         self.environment.pop("SCALER_EXECUTOR_ADDRESS", None)
+        self.environment.pop("SCALER_EXECUTOR_CREDENTIALS", None)
         self.connection = directory / "scaler-executor" / "default" / "connection.json"
         self._arguments = ["--workers", str(workers), *arguments]
         self._processes: list[Process] = []

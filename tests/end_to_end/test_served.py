@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import workload
+from proxy import Proxy
 from served import COMMAND, Served
 from support import DEADLINE_S, Scene, is_gone, wait_gone, wait_until
 
 from scaler_executor import CancelOutcome, ScalerExecutor, SchedulerLostError, WorkerDiedError
+from scaler_executor.runtime.security import Connection
 
 Connect = Callable[..., ScalerExecutor]
 
@@ -100,6 +102,57 @@ def test_programs(cluster: Served, tmp_path: Path) -> None:
     program.write_text(PROGRAM.format(imports="", make=f"ProcessPoolExecutor({arguments})"))
     swapped = run(cluster, *COMMAND, "run", "--address", cluster.connection, *command[1:])
     assert swapped.stdout == told, swapped.stderr
+
+
+def test_another_address(scene: Scene, cluster: Served, tmp_path: Path) -> None:
+    """Where the cluster is reached as another address than the one in its connection file, that address and the file
+    will do together: as arguments, as variables, as options of each command. One alone is told what is missing."""
+    proxy = scene.keep(Proxy(cluster.address))
+    other = tmp_path / "other.json"
+    connection = Connection.load(cluster.connection)
+    # Nobody listens at the file's own address.
+    Connection("tcp://127.0.0.1:1", connection.server_key, connection.keys).save(other)
+    with ScalerExecutor(address=proxy.address, credentials=other) as executor:
+        assert executor.submit(workload.echo, 1).result(DEADLINE_S) == 1
+    with pytest.raises(ValueError, match="credentials=PATH"):
+        ScalerExecutor(address=proxy.address)
+    with pytest.raises(ValueError, match="go with an address"):
+        ScalerExecutor(credentials=other)
+
+    program = tmp_path / "program.py"
+    command = [sys.executable, program, "an", "argument"]
+    source = PROGRAM.format(imports=OURS, make="ScalerExecutor(initializer=begin, initargs=(100,))")
+    told = TOLD.format(state=cluster.directory)
+    program.write_text(source)
+    variables = {"SCALER_EXECUTOR_ADDRESS": proxy.address, "SCALER_EXECUTOR_CREDENTIALS": str(other)}
+    cluster.environment |= variables
+    assert run(cluster, *command).stdout == told
+    assert run(cluster, *COMMAND, "status").returncode == 0
+    for name in variables:
+        del cluster.environment[name]
+    program.write_text(source.replace("import os", "import os; os.chdir('/'); import os", 1))
+    both = ["--address", proxy.address, "--credentials", os.path.relpath(other)]
+    swapped = run(cluster, *COMMAND, "run", *both, *command[1:])
+    assert swapped.stdout == told, swapped.stderr
+
+    agent = cluster.command("serve", "--join", proxy.address, "--credentials", str(other), "--workers", "1")
+    agent.output.await_line("^connected")
+    wait_until(lambda: cluster.workers() == 3, "the machine has not joined")
+    assert "3 workers" in run(cluster, *COMMAND, "status", proxy.address, "--credentials", other).stdout
+    cancelled = run(cluster, *COMMAND, "cancel", proxy.address, "99.1", "--credentials", other)
+    assert cancelled.stdout == "99.1: not found\n", cancelled.stderr
+    forgotten = [
+        ["status", proxy.address],
+        ["serve", "--join", proxy.address],
+        ["run", "--address", proxy.address, "x"],
+    ]
+    for words in [*forgotten, ["cancel", proxy.address, "1.1"]]:
+        refused = run(cluster, *COMMAND, *words)
+        assert refused.returncode == 2 and "--credentials PATH" in refused.stderr and "Traceback" not in refused.stderr
+    lost = [["status"], ["serve"], ["run", "x"]]
+    for words in lost:
+        refused = run(cluster, *COMMAND, words[0], "--credentials", other, *words[1:])
+        assert refused.returncode == 2 and "--credentials goes with" in refused.stderr, refused.stderr
 
 
 def test_initializer_once_per_worker_and_executor(scene: Scene, connect: Connect) -> None:
