@@ -189,6 +189,9 @@ def _add_serve(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
+    from scaler_executor.runtime.signals import hold_back_signals
+
+    hold_back_signals()  # before all the rest is imported
     from scaler_executor import serving
     from scaler_executor.runtime.security import ConfigurationError
 

@@ -5,6 +5,7 @@ The processes themselves are `scaler_executor.runtime.host`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -13,10 +14,11 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from scaler_executor.runtime.cluster import fill_standard_descriptors
 from scaler_executor.runtime.platform import cpu_count_usable
 from scaler_executor.runtime.security import (
     OWN_NAME,
@@ -64,7 +66,7 @@ def serve(
     """
     import zmq
 
-    _set_up_logging(log_level)
+    announce = _set_up(log_level)
     cluster = name or "default"
     directory = ClusterDirectory(default_directory(cluster))
     lock = _lock(directory, cluster)
@@ -87,9 +89,11 @@ def serve(
     directory.keep_port(keys, int(host.listener.address.rpartition(":")[2]))
     path = (connection_file or directory.connection_path).absolute()
     _write_own(directory, path, reachable, keys)
-    _say(f"listening on {host.listener.address}, {_count(machine.count)} here")
+    listening = f"listening on {host.listener.address}, {_count(machine.count)} here"
+    _say(listening)
     _say(f"use it:  ScalerExecutor(address={str(path)!r})")
     _say(f"join it: scaler-executor serve --join {shlex.quote(str(path))}")
+    announce(listening)
     code = host.run()
     _say("closed" if code == 0 else "closed; calls that were running have been stopped")
     os.close(lock)
@@ -117,7 +121,7 @@ def join(
     Raises:
         ConfigurationError: It cannot start; says what to do.
     """
-    _set_up_logging(log_level)
+    announce = _set_up(log_level)
     connection = resolve(address, credentials)
     if workers == 0:
         raise ConfigurationError("a machine that joins needs --workers of at least 1")
@@ -126,7 +130,9 @@ def join(
 
     raise_descriptor_limit()
     host = AgentHost(connection, machine, name or socket.gethostname(), grace_s, _say)
-    _say(f"joining {connection.address} with {_count(machine.count)}")
+    joining = f"joining {connection.address} with {_count(machine.count)}"
+    _say(joining)
+    announce(joining)
     code = host.run()
     _say("left" if code == 0 else "left; what was running has been stopped")
     return code
@@ -191,10 +197,23 @@ def _existing(cluster: str) -> ClusterDirectory:
     return ClusterDirectory(path)
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up(log_level: str) -> Callable[[str], None]:
+    """Make this the process of a service, wherever it was started: from a shell, by systemd, as process 1 of a
+    container. Return what tells its manager that it is ready, with a line of status (`man 3 sd_notify`)."""
     import logging
 
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    fill_standard_descriptors()
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It is for this process, and not for what it starts.
+    manager = os.environ.pop("NOTIFY_SOCKET", "")
+
+    def announce(status: str) -> None:
+        if manager:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.connect(manager.replace("@", "\0", 1) if manager.startswith("@") else manager)
+                sock.send(f"READY=1\nSTATUS={status}\n".encode())
+
+    return announce
 
 
 def _say(line: str) -> None:

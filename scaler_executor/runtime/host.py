@@ -83,7 +83,8 @@ class Workers:
     def __init__(self, count: int, preload: Sequence[str]) -> None:
         self.count = count
         self._preload = list(preload)
-        self._pids: list[int] = []
+        #: Forkers that are not reaped.
+        self._pids: set[int] = set()
         self.control = self.start_forker()
 
     def start_forker(self) -> socket.socket | None:
@@ -97,8 +98,20 @@ class Workers:
             preload=self._preload,
         )
         pid, control = start_forker_by_fork(config, [fd for fd in platform.open_descriptors() if fd > 2])
-        self._pids.append(pid)
+        self._pids.add(pid)
         return control
+
+    def reap(self) -> None:
+        """Take note of all children that have ended: forkers and, where this is process 1 of a container, whatever
+        has lost its parent there."""
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            self._pids.discard(pid)
 
     def join(self) -> None:
         """Wait until the forkers have ended, which they do when they are let go."""
@@ -107,10 +120,15 @@ class Workers:
             platform.has_child_ended(pid, max(0.0, deadline - monotonic()))
 
 
-def _watch_ends(loop: Loop, drain: Callable[[], None], stop: Callable[[], None]) -> None:
+def _watch_signals(loop: Loop, workers: Workers, drain: Callable[[], None], stop: Callable[[], None]) -> None:
     """Have the first SIGINT or SIGTERM drain, and the second one stop."""
     steps = iter([drain])
-    watch_signals(loop, [signal.SIGINT, signal.SIGTERM], lambda: next(steps, stop)())
+
+    def end() -> None:
+        next(steps, stop)()
+
+    watch_signals(loop, {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGCHLD: workers.reap})
+    workers.reap()  # what ended before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
@@ -168,7 +186,7 @@ class SchedulerHost:
             )
             self._to_scheduler.append(Hello("agent", python=python_version(), name=socket.gethostname()))
         self._reread_at = monotonic() + REREAD_S
-        _watch_ends(self.loop, self.drain, self.stop)
+        _watch_signals(self.loop, workers, self.drain, self.stop)
         self._end_by: float | None = None
         self._is_ending = self._is_stopped = False
         #: When it ends, whether its last words have arrived or not.
@@ -398,7 +416,7 @@ class AgentHost:
         self._unheard_since: float | None = self._dialer.session.link.proven_at
         #: Whether the reason why there is no connection has been said.
         self._said = ""
-        _watch_ends(self.loop, self.drain, self.stop)
+        _watch_signals(self.loop, workers, self.drain, self.stop)
         self._end_by: float | None = None
         #: It was told to end: it drains, and then it has said Bye.
         self._is_leaving = self._has_left = False

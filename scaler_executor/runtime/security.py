@@ -130,7 +130,9 @@ class ClusterDirectory:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._clients.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise ConfigurationError(f"cannot make {self._clients}: {error.strerror}") from None
+            raise ConfigurationError(
+                f"cannot make {self._clients}: {error.strerror}; XDG_STATE_HOME may name another place"
+            ) from None
         for directory in (path, self._clients):
             status = directory.stat()
             if status.st_uid != os.geteuid():
@@ -255,13 +257,16 @@ def default_directory(name: str = "default") -> Path:
     """Return where the cluster of this name keeps its files (XDG base directory specification).
 
     Raises:
-        ConfigurationError: It is no name.
+        ConfigurationError: It is no name, or there is no place for it.
     """
     if not _NAME.fullmatch(name):
         raise ConfigurationError(f"{name!r} is no name for a cluster: letters, digits, dots, hyphens, underscores")
-    home = os.environ.get("XDG_STATE_HOME")
-    base = Path(home) if home and os.path.isabs(home) else Path.home() / ".local" / "state"
-    return base / "scaler-executor" / name
+    state = os.environ.get("XDG_STATE_HOME")
+    if not (state and os.path.isabs(state)):
+        state = os.path.expanduser("~/.local/state")
+        if not os.path.isabs(state):  # a number that stands in no passwd file, as in many containers
+            raise ConfigurationError("this user has no home directory; set XDG_STATE_HOME, say, to a private directory")
+    return Path(state) / "scaler-executor" / name
 
 
 def resolve(address: str | os.PathLike[str], credentials: str | os.PathLike[str] | None = None) -> Connection:
@@ -277,7 +282,7 @@ def resolve(address: str | os.PathLike[str], credentials: str | os.PathLike[str]
     """
     text = os.fsdecode(address)
     if "://" not in text:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if credentials is not None:
             raise ConfigurationError(
                 f"credentials go with an address of the form tcp://HOST:PORT, and {text} is a file, which has keys of"
@@ -299,7 +304,7 @@ def resolve(address: str | os.PathLike[str], credentials: str | os.PathLike[str]
             f"{text} alone does not say which keys to use: name a connection file of that cluster as well"
             f" (credentials=PATH, --credentials PATH or {CREDENTIALS_VARIABLE}=PATH), or in the place of the address"
         )
-    return Connection.load(Path(os.fsdecode(credentials)).expanduser(), text)
+    return Connection.load(Path(os.path.expanduser(os.fsdecode(credentials))), text)
 
 
 def check_address(address: Any) -> str:
