@@ -520,9 +520,7 @@ class AgentHost:
             self._say(f"no connection to {self._address}: {reason}; it will be tried again")
 
     def _on_drained(self) -> None:
-        if self._is_leaving and not self._has_left:
-            self._has_left = True
-            self._dialer.send(Bye())
+        self._has_left = self._is_leaving  # the agent has said Bye
 
 
 def raise_descriptor_limit() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,21 @@ def test_blocked_by_whoever_started_it(scene: Scene) -> None:
     process = start(scene, before=(COMMAND[0], "-c", script))
     process.output.await_line("^join it")
     assert process.stop() == 0
+
+
+def test_a_machine_leaves_at_once(scene: Scene) -> None:
+    """One that has nothing to do has left when the scheduler has heard so, and waits for nothing else."""
+    process = start(scene)
+    process.output.await_line("^join it")
+    took_s: list[float] = []
+    # A machine that does other things has its moments.
+    while len(took_s) < 5 and min(took_s, default=DEADLINE_S) > 2:
+        agent = scene.keep(Process(["serve", "--join", str(connection_of(scene))], environment_of(scene)))
+        agent.output.await_line("^connected")
+        began = time.monotonic()
+        assert agent.stop() == 0
+        took_s.append(time.monotonic() - began)
+    assert min(took_s) <= 2
 
 
 def test_closed_standard_descriptors(scene: Scene) -> None:
