@@ -199,7 +199,8 @@ def _lines(report: StatusReport) -> list[str]:
     """Return the report for people."""
     workers = sum(agent.workers for agent in report.agents)
     lines = [
-        f"{len(report.agents)} machines, {workers} workers, {len(report.clients)} clients; Python {report.python},"
+        f"{_count(len(report.agents), 'machine')}, {_count(workers, 'worker')},"
+        f" {_count(len(report.clients), 'client')}; Python {report.python},"
         f" protocol {report.version}",
         f"{report.running} running, {report.queued} queued, {report.done} done, {report.rate:.0f} a second",
     ]
@@ -217,6 +218,10 @@ def _lines(report: StatusReport) -> list[str]:
         if report.running > len(report.calls):
             lines.append(f"... and {report.running - len(report.calls)} more")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _agent_row(agent: Any) -> list[str]:

@@ -417,6 +417,43 @@ def test_status_and_cancel(scene: Scene, cluster: Served, connect: Connect) -> N
     assert json.loads(run(cluster, *COMMAND, "status", "--json").stdout)["done"] >= 1
 
 
+def test_status_and_cancel_of_many(cluster: Served, connect: Connect) -> None:
+    """With many clients and machines each is told of apart, in numbers that fit together; calls of several clients on
+    several machines are stopped by one command, and what waited gets their workers."""
+    for name in ("first", "second", "third"):
+        cluster.command("serve", "--join", str(cluster.connection), "--workers", "1", "--name", name)
+    wait_until(lambda: cluster.workers() == 5, "the machines have not joined")
+    executors = [connect() for _ in range(8)]
+    futures = [executor.submit(workload.sleep_for, 3600) for executor in executors]
+    wait_until(lambda: sum(future.running() for future in futures) == 5, "the calls do not run")
+    status: dict[str, Any] = cluster.status()
+    assert {"first", "second", "third"} < {agent["name"] for agent in status["agents"]}
+    assert (status["running"], status["queued"]) == (5, 3)
+    clients = {client["client_id"]: client for client in status["clients"]}
+    assert len(clients) == 8 and {client["running"] + client["queued"] for client in clients.values()} == {1}
+    running = {call["client_id"]: f"{call['client_id']}.{call['no']}" for call in status["calls"]}
+    assert len(running) == 5 and all(clients[client_id]["running"] == 1 for client_id in running)
+    machines = [call["agent"] for call in status["calls"]]
+    assert {machine: machines.count(machine) for machine in ("first", "second", "third")} == {
+        "first": 1,
+        "second": 1,
+        "third": 1,
+    }
+    told = run(cluster, *COMMAND, "status").stdout
+    assert told.startswith("4 machines, 5 workers, 8 clients;") and "5 running, 3 queued" in told
+    assert all(f"\n{name} " in told for name in [*running.values(), "first", "second", "third"])
+
+    names = list(running.values())[:3]
+    stopped = run(cluster, *COMMAND, "cancel", cluster.connection, *names, names[0], "7.99")
+    assert stopped.returncode == 1
+    assert stopped.stdout.splitlines() == ["7.99: not found", *(f"{name}: stopped" for name in names)]
+    wait_until(lambda: sum(future.done() for future in futures) == 3, "the futures do not hear of it")
+    assert all(future.cancel_outcome is CancelOutcome.CANCELED for future in futures if future.done())
+    wait_until(lambda: sum(future.running() for future in futures) == 5, "what waited does not run")
+    queued = [client for client in cluster.status()["clients"] if client["running"]]  # type: ignore[attr-defined]
+    assert len(queued) == 5 and not {client["client_id"] for client in queued} & set(list(running)[:3])
+
+
 def test_only_the_owner_cancels(scene: Scene, cluster: Served, connect: Connect) -> None:
     """Whoever has another key may look, but stops nobody's calls."""
     path = scene.directory / "guest.json"
