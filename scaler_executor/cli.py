@@ -25,6 +25,7 @@ without us: its arguments, standard input, exit code and Ctrl-C. What stands beh
 to the program.
 """
 _ADDRESS_HELP = "a connection file, or tcp://HOST:PORT with --credentials"
+_ADDRESS_DEFAULT = "(default: SCALER_EXECUTOR_ADDRESS, or the cluster that is served here)"
 _CREDENTIALS_HELP = "the connection file with the keys for tcp://HOST:PORT (default: SCALER_EXECUTOR_CREDENTIALS)"
 _SERVE_DESCRIPTION = """\
 Host a cluster: a scheduler, and workers on this machine. Whoever has its connection file, and only they, can run calls
@@ -155,10 +156,17 @@ def _set_address(address: str | None, credentials: str | None) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
     return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _add_serve(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -247,6 +255,9 @@ def _run_keygen(arguments: argparse.Namespace) -> int:
 
     try:
         if arguments.who is None:
+            given = [name for name in ("output", "address", "revoke") if getattr(arguments, name)]
+            if given:
+                raise ConfigurationError(f"--{given[0]} goes with the NAME of a key")
             serving.list_keys(arguments.cluster)
         elif arguments.revoke:
             serving.revoke(arguments.cluster, arguments.who)
@@ -261,8 +272,7 @@ def _run_keygen(arguments: argparse.Namespace) -> int:
 def _add_status(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     summary = "show what a served cluster is doing: machines, clients, running calls"
     status = subcommands.add_parser("status", help=summary, description=summary.capitalize() + ".")
-    here = "SCALER_EXECUTOR_ADDRESS, or the cluster that is served here"
-    status.add_argument("address", nargs="?", metavar="ADDRESS", help=f"{_ADDRESS_HELP} (default: {here})")
+    status.add_argument("address", nargs="?", metavar="ADDRESS", help=f"{_ADDRESS_HELP} {_ADDRESS_DEFAULT}")
     status.add_argument("--credentials", metavar="FILE", help=_CREDENTIALS_HELP)
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(run=_run_status)
@@ -278,36 +288,54 @@ def _run_status(arguments: argparse.Namespace) -> int:
 
 def _add_cancel(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     summary = "stop calls of a served cluster, whosever they are"
-    cancel = subcommands.add_parser("cancel", help=summary, description=summary.capitalize() + ".")
-    cancel.add_argument("address", metavar="ADDRESS", help=_ADDRESS_HELP)
+    cancel = subcommands.add_parser(
+        "cancel",
+        help=summary,
+        description=summary.capitalize() + ". Exit code 1: not all of them were found, or have stopped.",
+        usage="%(prog)s [-h] [--credentials FILE] [ADDRESS] TASK [TASK ...]",
+    )
+    cancel.add_argument("address", nargs="?", metavar="ADDRESS", help=f"{_ADDRESS_HELP} {_ADDRESS_DEFAULT}")
+    cancel.add_argument("tasks", nargs="+", metavar="TASK", help="as `status` names them, 3.17 say")
     cancel.add_argument("--credentials", metavar="FILE", help=_CREDENTIALS_HELP)
-    cancel.add_argument("tasks", nargs="+", type=_task, metavar="TASK", help="as `status` names them, 3.17 say")
-    cancel.set_defaults(run=_run_cancel)
+    cancel.set_defaults(run=_run_cancel, parser=cancel)
 
 
 def _run_cancel(arguments: argparse.Namespace) -> int:
     from scaler_executor import operating
 
-    tasks = list(dict.fromkeys(arguments.tasks))
-    return operating.run(lambda: operating.cancel(arguments.address, arguments.credentials, tasks), "cancel")
+    words = arguments.tasks if arguments.address is None else [arguments.address, *arguments.tasks]
+    address = None if _task(words[0]) is not None else words.pop(0)
+    if not words:
+        arguments.parser.error(f"{address!r} is not a task; they are named 3.17, say")
+    tasks: list[tuple[int, int]] = []
+    for word in dict.fromkeys(words):
+        if (task := _task(word)) is None:
+            arguments.parser.error(f"{word!r} is not a task; they are named 3.17, say")
+        else:
+            tasks.append(task)
+    return operating.run(lambda: operating.cancel(address, arguments.credentials, tasks), "cancel")
 
 
-def _task(text: str) -> tuple[int, int]:
+def _task(text: str) -> tuple[int, int] | None:
+    """Return (client_id, no), None if `text` does not name a task."""
     client_id, _, no = text.partition(".")
     if not (client_id.isdecimal() and no.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a task; they are named 3.17, say")
+        return None
     return int(client_id), int(no)
 
 
 def _not_negative(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return number

@@ -29,6 +29,8 @@ from scaler_executor.runtime.security import ConfigurationError, Connection, def
 
 #: So long the cluster may take to answer.
 TIMEOUT_S: Final = 10.0
+#: After so many attempts to connect nothing is hoped for: where nobody listens that is half a second.
+MAX_FAILURES: Final = 3
 
 M = TypeVar("M", bound=Message)
 
@@ -69,12 +71,12 @@ def status(address: str | None, credentials: str | None = None, *, as_json: bool
     return 0
 
 
-def cancel(address: str, credentials: str | None, tasks: list[tuple[int, int]]) -> int:
+def cancel(address: str | None, credentials: str | None, tasks: list[tuple[int, int]]) -> int:
     """Stop calls, (client_id, no), and wait until they have stopped. Return the exit code: 1 if some were not found, or
     run on.
 
     Args:
-        address, credentials: See `security.resolve`.
+        address, credentials: As for `status`.
         tasks: Without repetitions.
 
     Raises:
@@ -111,6 +113,7 @@ class _Observer:
         self._answer: Any = None
         self._failure: Exception | None = None
         self._reason = "nobody answers there"
+        self._failures = 0
         self._dialer = Dialer(
             self._loop,
             connection.address,
@@ -179,8 +182,11 @@ class _Observer:
 
     def _on_failed(self, reason: str, is_refusal: bool) -> None:
         self._reason = reason
+        self._failures += 1
         if is_refusal:
             self._failure = AuthenticationError(f"the scheduler at {self._address} refuses: {reason}")
+        elif self._failures >= MAX_FAILURES:
+            self._failure = ConnectionError(f"no connection to the scheduler at {self._address}: {reason}")
 
 
 def _find(address: str | None, credentials: str | None) -> Connection:

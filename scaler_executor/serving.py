@@ -27,6 +27,7 @@ from scaler_executor.runtime.security import (
     Connection,
     Keys,
     check_address,
+    check_destination,
     default_directory,
     resolve,
 )
@@ -72,6 +73,14 @@ def serve(
     lock = _lock(directory, cluster)
     keys, last_port = directory.server()
     addresses = _addresses(bind, last_port)
+    path = (connection_file or directory.connection_path).absolute()
+    if connection_file is not None and path.exists():
+        try:
+            Connection.load(path)
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"{path} is there and is no connection file of this user's; remove it, or choose another place"
+            ) from None
     machine = _start_workers(workers, preload)
     from scaler_executor.runtime.host import SchedulerHost, raise_descriptor_limit
 
@@ -87,10 +96,11 @@ def serve(
     assert host is not None
     reachable = _reachable(host.listener.address)
     directory.keep_port(keys, int(host.listener.address.rpartition(":")[2]))
-    path = (connection_file or directory.connection_path).absolute()
     _write_own(directory, path, reachable, keys)
     listening = f"listening on {host.listener.address}, {_count(machine.count)} here"
     _say(listening)
+    if reachable != host.listener.address:
+        _say(f"reached as {reachable}; as another address: scaler-executor keygen NAME --address tcp://HOST:PORT")
     _say(f"use it:  ScalerExecutor(address={str(path)!r})")
     _say(f"join it: scaler-executor serve --join {shlex.quote(str(path))}")
     announce(listening)
@@ -155,7 +165,7 @@ def keygen(cluster: str, who: str, *, output: Path | None = None, address: str |
     if address is None:
         address = Connection.load(directory.connection_path).address
     else:
-        address = _checked(address)
+        check_destination(address)
     path = (output or Path(f"{who}.connection.json")).absolute()
     if path.exists():
         raise ConfigurationError(f"{path} exists; remove it, or choose another --output")
@@ -257,15 +267,11 @@ def _start_workers(count: int | None, preload: Sequence[str]) -> Workers:
 
 def _addresses(bind: str | None, last_port: int | None) -> list[str]:
     if bind is not None:
-        return [_checked(bind)]
+        try:
+            return [check_address(bind)]
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
     return [f"tcp://127.0.0.1:{port}" for port in (last_port, DEFAULT_PORT, "*") if port is not None]
-
-
-def _checked(address: str) -> str:
-    try:
-        return check_address(address)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
 
 
 def _explain(address: str, error: zmq.ZMQError) -> str:

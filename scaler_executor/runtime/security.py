@@ -291,12 +291,7 @@ def resolve(address: str | os.PathLike[str], credentials: str | os.PathLike[str]
         if re.fullmatch(r"[^/]+:\d+", text) and not path.exists():
             raise ConfigurationError(f"there is no connection file at {text}; if it is an address: tcp://{text}")
         return Connection.load(path)
-    try:
-        check_address(text)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
-    if "*" in text:
-        raise ConfigurationError(f"one can listen on {text}, but not connect to it: name a host and a port")
+    check_destination(text)
     if credentials is None:
         credentials = os.environ.get(CREDENTIALS_VARIABLE) or None
     if credentials is None:
@@ -305,6 +300,21 @@ def resolve(address: str | os.PathLike[str], credentials: str | os.PathLike[str]
             f" (credentials=PATH, --credentials PATH or {CREDENTIALS_VARIABLE}=PATH), or in the place of the address"
         )
     return Connection.load(Path(os.path.expanduser(os.fsdecode(credentials))), text)
+
+
+def check_destination(address: str) -> str:
+    """Return the address if one can connect to it.
+
+    Raises:
+        ConfigurationError: It is not one, or leads nowhere.
+    """
+    try:
+        check_address(address)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    if "*" in address:
+        raise ConfigurationError(f"one can listen on {address}, but not connect to it: name a host and a port")
+    return address
 
 
 def check_address(address: Any) -> str:

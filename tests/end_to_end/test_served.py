@@ -339,14 +339,35 @@ def test_grace(cluster: Served, connect: Connect) -> None:
         (["--join", "/nonexistent"], "there is no connection file at /nonexistent"),
         (["--join", "x", "--bind", "tcp://127.0.0.1:0"], "--bind does not go with --join"),
         (["--workers", "-1"], "-1 is negative"),
+        (["--workers", "x"], "'x' is not a whole number"),
+        (["--grace", "x"], "x is not a number of seconds"),
+        (["--connection-file", __file__], f"{__file__} is there and is no connection file"),
     ],
 )
 def test_wrong_usage(scene: Scene, arguments: list[str], told: str) -> None:
     """What is wrong is said in a line, not in a traceback."""
+    refuses(scene, ["serve", *arguments], told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["keygen", "--revoke"], "--revoke goes with the NAME of a key"),
+        (["keygen", "bob"], "no cluster 'default' has been served here"),
+        (["status"], "no cluster is served here"),
+        (["cancel", "x"], "'x' is not a task; they are named 3.17, say"),
+        (["cancel", "1.1", "y"], "'y' is not a task"),
+    ],
+)
+def test_wrong_usage_of_other_commands(scene: Scene, arguments: list[str], told: str) -> None:
+    """The same holds for what is not `serve`."""
+    refuses(scene, arguments, told)
+
+
+def refuses(scene: Scene, arguments: list[str], told: str) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(scene.directory)}
-    done = subprocess.run(
-        [*COMMAND, "serve", *arguments], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    environment.pop("SCALER_EXECUTOR_ADDRESS", None)
+    done = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
 
 
@@ -444,7 +465,7 @@ def test_status_and_cancel_of_many(cluster: Served, connect: Connect) -> None:
     assert all(f"\n{name} " in told for name in [*running.values(), "first", "second", "third"])
 
     names = list(running.values())[:3]
-    stopped = run(cluster, *COMMAND, "cancel", cluster.connection, *names, names[0], "7.99")
+    stopped = run(cluster, *COMMAND, "cancel", *names, names[0], "7.99")  # the cluster that is served here
     assert stopped.returncode == 1
     assert stopped.stdout.splitlines() == ["7.99: not found", *(f"{name}: stopped" for name in names)]
     wait_until(lambda: sum(future.done() for future in futures) == 3, "the futures do not hear of it")
