@@ -75,16 +75,10 @@ def serve(
     addresses = _addresses(bind, last_port)
     path = (connection_file or directory.connection_path).absolute()
     if connection_file is not None and path.exists():
-        try:
-            Connection.load(path)
-        except ConfigurationError:
-            raise ConfigurationError(
-                f"{path} is there and is no connection file of this user's; remove it, or choose another place"
-            ) from None
+        _check_replaceable(path)
     machine = _start_workers(workers, preload)
-    from scaler_executor.runtime.host import SchedulerHost, raise_descriptor_limit
+    from scaler_executor.runtime.host import SchedulerHost
 
-    raise_descriptor_limit()
     host = None
     for address in addresses:
         try:
@@ -136,9 +130,8 @@ def join(
     if workers == 0:
         raise ConfigurationError("a machine that joins needs --workers of at least 1")
     machine = _start_workers(workers, preload)
-    from scaler_executor.runtime.host import AgentHost, raise_descriptor_limit
+    from scaler_executor.runtime.host import AgentHost
 
-    raise_descriptor_limit()
     host = AgentHost(connection, machine, name or socket.gethostname(), grace_s, _say)
     joining = f"joining {connection.address} with {_count(machine.count)}"
     _say(joining)
@@ -260,9 +253,11 @@ def _start_workers(count: int | None, preload: Sequence[str]) -> Workers:
             found = None
         if found is None:
             raise ConfigurationError(f"there is no module {module!r} to preload")
-    from scaler_executor.runtime.host import Workers
+    from scaler_executor.runtime.host import Workers, raise_descriptor_limit
 
-    return Workers(cpu_count_usable() if count is None else count, preload)
+    workers = Workers(cpu_count_usable() if count is None else count, preload)
+    raise_descriptor_limit()  # only now: calls find the limit that there was
+    return workers
 
 
 def _addresses(bind: str | None, last_port: int | None) -> list[str]:
@@ -295,6 +290,16 @@ def _reachable(address: str) -> str:
     except ValueError:
         is_any = match[1] == "*"
     return f"tcp://{socket.getfqdn()}:{match[2]}" if is_any else address
+
+
+def _check_replaceable(path: Path) -> None:
+    """Replace nothing but what an earlier start has written."""
+    try:
+        Connection.load(path)
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"{path} is there and is no connection file of this user's; remove it, or choose another place"
+        ) from None
 
 
 def _write_own(directory: ClusterDirectory, path: Path, address: str, keys: Keys) -> None:

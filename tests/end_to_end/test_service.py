@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import workload
-from served import COMMAND, Process, Served
+from served import COMMAND, Process, environment_of
 from support import DEADLINE_S, Scene, children_of, read_proc, state_of, wait_until
 
 from scaler_executor import ScalerExecutor
@@ -28,15 +28,9 @@ def can_be_process_1() -> bool:
         return False
 
 
-def environment_of(scene: Scene) -> dict[str, str]:
-    environment = {**os.environ, "XDG_STATE_HOME": str(scene.directory)}
-    environment.pop("SCALER_EXECUTOR_ADDRESS", None)
-    return environment
-
-
 def start(scene: Scene, *options: str, before: tuple[str, ...] = (), **variables: str) -> Process:
     arguments = ["serve", "--bind", "tcp://127.0.0.1:*", "--workers", "1", *options]
-    process = Process(arguments, environment_of(scene) | variables, before)
+    process = Process(arguments, environment_of(scene.directory) | variables, before)
     return scene.keep(process)  # type: ignore[no-any-return]
 
 
@@ -123,7 +117,7 @@ def test_a_machine_leaves_at_once(scene: Scene) -> None:
     took_s: list[float] = []
     # A machine that does other things has its moments.
     while len(took_s) < 5 and min(took_s, default=DEADLINE_S) > 2:
-        agent = scene.keep(Process(["serve", "--join", str(connection_of(scene))], environment_of(scene)))
+        agent = scene.keep(Process(["serve", "--join", str(connection_of(scene))], environment_of(scene.directory)))
         agent.output.await_line("^connected")
         began = time.monotonic()
         assert agent.stop() == 0
@@ -146,13 +140,21 @@ def test_closed_standard_descriptors(scene: Scene) -> None:
 
 def test_nobody_reads(scene: Scene) -> None:
     """Where its output goes to nobody any more, or the terminal is gone, it serves on."""
-    with Served(scene.directory, 1) as served:
-        served.process.stdout.close()  # type: ignore[union-attr]
-        served.process.send_signal(signal.SIGHUP)
-        with ScalerExecutor(address=served.connection) as executor:
+    command = [*COMMAND, "serve", "--bind", "tcp://127.0.0.1:*", "--workers", "1"]
+    process = subprocess.Popen(command, env=environment_of(scene.directory), stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        with process.stdout as output:
+            while not output.readline().startswith(b"join it"):
+                assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        with ScalerExecutor(address=connection_of(scene)) as executor:
             assert executor.submit(workload.echo, 1).result(DEADLINE_S) == 1
-        served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(DEADLINE_S) == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("kind", ["a path", "abstract"])
@@ -169,7 +171,7 @@ def test_notify(scene: Scene, kind: str) -> None:
         assert told == f"READY=1\nSTATUS=listening on {address}, 1 worker here\n"
         with ScalerExecutor(address=connection_of(scene)) as executor:
             assert executor.submit(os.environ.get, "NOTIFY_SOCKET").result(DEADLINE_S) is None
-        environment = environment_of(scene) | {"NOTIFY_SOCKET": name}
+        environment = environment_of(scene.directory) | {"NOTIFY_SOCKET": name}
         agent = scene.keep(Process(["serve", "--join", str(connection_of(scene)), "--workers", "1"], environment))
         assert manager.recv(4096).decode() == f"READY=1\nSTATUS=joining {address} with 1 worker\n"
         agent.output.await_line("^connected")
