@@ -87,6 +87,9 @@ def serve(
         except zmq.ZMQError as error:
             if bind is not None or error.errno != zmq.EADDRINUSE or address is addresses[-1]:
                 raise ConfigurationError(_explain(address, error)) from None
+            if address is addresses[0] and last_port is not None:
+                _say(f"another process listens on {address}, where this cluster was last: connection files that were")
+                _say("made for that address do not lead here; the one below does")
     assert host is not None
     reachable = _reachable(host.listener.address)
     directory.keep_port(keys, int(host.listener.address.rpartition(":")[2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -385,6 +386,17 @@ def test_same_port_and_keys_again(cluster: Served, connect: Connect) -> None:
     cluster.stop()
     cluster.start()
     assert (cluster.address, cluster.connection.read_text()) == before
+    assert connect().submit(workload.echo, 1).result(DEADLINE_S) == 1
+
+
+def test_port_taken_meanwhile(cluster: Served, connect: Connect) -> None:
+    """Where another process has taken the port of before, the cluster takes another one, and says what that means."""
+    before = cluster.address
+    cluster.stop()
+    with socket.create_server(("127.0.0.1", cluster.port)):
+        cluster.start()
+    assert cluster.address != before
+    assert f"another process listens on {before}, where this cluster was last" in cluster.output
     assert connect().submit(workload.echo, 1).result(DEADLINE_S) == 1
 
 
