@@ -1,7 +1,8 @@
 """Starts the processes of an embedded cluster and sees them off.
 
-This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one
-end of a pair to it. That process is started at once, and imports while its user goes on; the rest waits for the first
+Here, and in `runtime.remote`, is where embedded and remote differ: an embedded client starts its own serve process and
+holds one end of a pair to it, another one starts a process that leads to a served cluster; what they have in common is
+`Cluster`. The serve process is started at once, and imports while its user goes on; the rest waits for the first
 call, as ProcessPoolExecutor's processes do: then the forker is forked here where workers are to be forks of the user's
 process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then. Where
 they are forks of serve's interpreter, and the program has meanwhile set variables that count only at an interpreter's
