@@ -24,5 +24,7 @@ DEFAULT_TIMEOUT: Final = DefaultTimeout.DEFAULT
 
 #: Seconds in which a served cluster has to let an executor in.
 CONNECT_TIMEOUT_S: Final = 10.0
-#: Environment variable that names the connection file of the cluster to use.
+#: Environment variable that names the connection file of the cluster to use, or its address, tcp://HOST:PORT; in the
+#: second case the other one names the connection file with the keys.
 ADDRESS_VARIABLE: Final = "SCALER_EXECUTOR_ADDRESS"
+CREDENTIALS_VARIABLE: Final = "SCALER_EXECUTOR_CREDENTIALS"

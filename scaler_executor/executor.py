@@ -64,17 +64,21 @@ class ScalerExecutor(Executor):
         cancel_timeout: Seconds that `ScalerFuture.cancel` waits by default, None for no limit.
         cancel_grace: Seconds that a cancelled call has to unwind before its process group is killed; 0: none.
 
-        address: The connection file of a cluster that `scaler-executor serve` hosts: calls run there. None for the one
-            that the environment variable SCALER_EXECUTOR_ADDRESS names; without it, for workers of this process's own.
+        address: The connection file of a cluster that `scaler-executor serve` hosts: calls run there. Or, with
+            `credentials`, "tcp://HOST:PORT", where that cluster is reached from here (through a tunnel, say). None for
+            what the environment variable SCALER_EXECUTOR_ADDRESS says; without it, for workers of this process's own.
             `max_workers` then limits how many of this executor's calls run at once (None: not at all), `mp_context` has
             no effect, and `initializer` is called in each worker before its first call for this executor. `shutdown`
             ends this executor's calls, never the cluster.
+        credentials: The connection file whose keys are used where the address is "tcp://HOST:PORT"; None for the one
+            that SCALER_EXECUTOR_CREDENTIALS names.
         connect_timeout: Seconds in which the cluster has to let this executor in.
 
     Raises:
         ConnectionError: The cluster could not be reached; as AuthenticationError if it refuses the key or has another
             one, as VersionMismatchError if it speaks another version of the protocol or runs another Python.
-        ValueError: As ProcessPoolExecutor; also for a negative `cancel_timeout` or `cancel_grace`.
+        ValueError: As ProcessPoolExecutor; also for a negative `cancel_timeout` or `cancel_grace`, and for an `address`
+            or `credentials` that are not as they have to be.
         TypeError: As ProcessPoolExecutor.
         OSError: The processes could not be started.
     """
@@ -90,12 +94,15 @@ class ScalerExecutor(Executor):
         cancel_timeout: float | None = CANCEL_TIMEOUT_S,
         cancel_grace: float = CANCEL_GRACE_S,
         address: str | os.PathLike[str] | None = None,
+        credentials: str | os.PathLike[str] | None = None,
         connect_timeout: float = CONNECT_TIMEOUT_S,
     ) -> None:
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if address is None:
             address = os.environ.get(ADDRESS_VARIABLE) or None
+            if address is None and credentials is not None:
+                raise ValueError("credentials go with an address")
         start_method = _resolve_start_method(mp_context, max_tasks_per_child)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -129,7 +136,7 @@ class ScalerExecutor(Executor):
             from scaler_executor.runtime.security import resolve
 
             cluster = RemoteCluster(
-                resolve(address),
+                resolve(address, credentials),
                 max_workers,
                 initializer,
                 initargs,

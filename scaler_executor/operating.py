@@ -29,6 +29,8 @@ from scaler_executor.runtime.security import ConfigurationError, Connection, def
 
 #: So long the cluster may take to answer.
 TIMEOUT_S: Final = 10.0
+#: After so many attempts to connect nothing is hoped for: where nobody listens that is half a second.
+MAX_FAILURES: Final = 3
 
 M = TypeVar("M", bound=Message)
 
@@ -48,18 +50,19 @@ def run(command: Callable[[], int], name: str) -> int:
         return 1
 
 
-def status(address: str | None, *, as_json: bool) -> int:
+def status(address: str | None, credentials: str | None = None, *, as_json: bool) -> int:
     """Print what a cluster is doing.
 
     Args:
-        address: Its connection file; None: SCALER_EXECUTOR_ADDRESS, or the cluster that is served here.
+        address: See `security.resolve`; None: SCALER_EXECUTOR_ADDRESS, or the cluster that is served here.
+        credentials: See `security.resolve`.
         as_json: For programs.
 
     Raises:
         ConfigurationError: The connection file.
         ConnectionError: The cluster does not answer, or not to us.
     """
-    with _Observer(_find(address)) as observer:
+    with _Observer(_find(address, credentials)) as observer:
         report = observer.ask(StatusAsk(), StatusReport)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(msgspec.structs.asdict(report))).decode())
@@ -68,14 +71,18 @@ def status(address: str | None, *, as_json: bool) -> int:
     return 0
 
 
-def cancel(address: str | None, tasks: list[tuple[int, int]]) -> int:
+def cancel(address: str | None, credentials: str | None, tasks: list[tuple[int, int]]) -> int:
     """Stop calls, (client_id, no), and wait until they have stopped. Return the exit code: 1 if some were not found, or
     run on.
+
+    Args:
+        address, credentials: As for `status`.
+        tasks: Without repetitions.
 
     Raises:
         ConfigurationError, ConnectionError: As `status`.
     """
-    with _Observer(_find(address)) as observer:
+    with _Observer(_find(address, credentials)) as observer:
         stopping = set(observer.ask(OperatorCancel(tasks), OperatorAnswer).tasks)
         for task in tasks:
             if task not in stopping:
@@ -106,6 +113,7 @@ class _Observer:
         self._answer: Any = None
         self._failure: Exception | None = None
         self._reason = "nobody answers there"
+        self._failures = 0
         self._dialer = Dialer(
             self._loop,
             connection.address,
@@ -174,19 +182,31 @@ class _Observer:
 
     def _on_failed(self, reason: str, is_refusal: bool) -> None:
         self._reason = reason
+        self._failures += 1
         if is_refusal:
             self._failure = AuthenticationError(f"the scheduler at {self._address} refuses: {reason}")
+        elif self._failures >= MAX_FAILURES:
+            self._failure = ConnectionError(f"no connection to the scheduler at {self._address}: {reason}")
 
 
-def _find(address: str | None) -> Connection:
-    return resolve(address or os.environ.get(ADDRESS_VARIABLE) or default_directory() / "connection.json")
+def _find(address: str | None, credentials: str | None) -> Connection:
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    if address:
+        return resolve(address, credentials)
+    if credentials is not None:
+        raise ConfigurationError("--credentials goes with an address")
+    path = default_directory() / "connection.json"
+    if not path.exists():
+        raise ConfigurationError(f"no cluster is served here ({path} is missing); name a connection file")
+    return resolve(path)
 
 
 def _lines(report: StatusReport) -> list[str]:
     """Return the report for people."""
     workers = sum(agent.workers for agent in report.agents)
     lines = [
-        f"{len(report.agents)} machines, {workers} workers, {len(report.clients)} clients; Python {report.python},"
+        f"{_count(len(report.agents), 'machine')}, {_count(workers, 'worker')},"
+        f" {_count(len(report.clients), 'client')}; Python {report.python},"
         f" protocol {report.version}",
         f"{report.running} running, {report.queued} queued, {report.done} done, {report.rate:.0f} a second",
     ]
@@ -204,6 +224,10 @@ def _lines(report: StatusReport) -> list[str]:
         if report.running > len(report.calls):
             lines.append(f"... and {report.running - len(report.calls)} more")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _agent_row(agent: Any) -> list[str]:

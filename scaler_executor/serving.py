@@ -5,6 +5,7 @@ The processes themselves are `scaler_executor.runtime.host` and `agent_host`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -13,10 +14,11 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from scaler_executor.runtime.cluster import fill_standard_descriptors
 from scaler_executor.runtime.platform import cpu_count_usable
 from scaler_executor.runtime.security import (
     OWN_NAME,
@@ -25,7 +27,9 @@ from scaler_executor.runtime.security import (
     Connection,
     Keys,
     check_address,
+    check_destination,
     default_directory,
+    resolve,
 )
 
 if TYPE_CHECKING:
@@ -63,17 +67,18 @@ def serve(
     """
     import zmq
 
-    _set_up_logging(log_level)
+    announce = _set_up(log_level)
     cluster = name or "default"
     directory = ClusterDirectory(default_directory(cluster))
     lock = _lock(directory, cluster)
     keys, last_port = directory.server()
     addresses = _addresses(bind, last_port)
+    path = (connection_file or directory.connection_path).absolute()
+    if connection_file is not None and path.exists():
+        _check_replaceable(path)
     machine = _start_workers(workers, preload)
     from scaler_executor.runtime.host import SchedulerHost
-    from scaler_executor.runtime.process import raise_descriptor_limit
 
-    raise_descriptor_limit()
     host = None
     for address in addresses:
         try:
@@ -82,14 +87,20 @@ def serve(
         except zmq.ZMQError as error:
             if bind is not None or error.errno != zmq.EADDRINUSE or address is addresses[-1]:
                 raise ConfigurationError(_explain(address, error)) from None
+            if address is addresses[0] and last_port is not None:
+                _say(f"another process listens on {address}, where this cluster was last: connection files that were")
+                _say("made for that address do not lead here; the one below does")
     assert host is not None
     reachable = _reachable(host.listener.address)
     directory.keep_port(keys, int(host.listener.address.rpartition(":")[2]))
-    path = (connection_file or directory.connection_path).absolute()
     _write_own(directory, path, reachable, keys)
-    _say(f"listening on {host.listener.address}, {_count(machine.count)} here")
+    listening = f"listening on {host.listener.address}, {_count(machine.count)} here"
+    _say(listening)
+    if reachable != host.listener.address:
+        _say(f"reached as {reachable}; as another address: scaler-executor keygen NAME --address tcp://HOST:PORT")
     _say(f"use it:  ScalerExecutor(address={str(path)!r})")
     _say(f"join it: scaler-executor serve --join {shlex.quote(str(path))}")
+    announce(listening)
     code = host.run()
     _say("closed" if code == 0 else "closed; calls that were running have been stopped")
     os.close(lock)
@@ -97,8 +108,9 @@ def serve(
 
 
 def join(
-    connection_file: Path,
+    address: str,
     *,
+    credentials: str | None = None,
     workers: int | None = None,
     name: str | None = None,
     preload: Sequence[str] = (),
@@ -108,7 +120,7 @@ def join(
     """Add this machine's workers to a cluster until a signal ends it. Return the exit code.
 
     Args:
-        connection_file: Of the cluster.
+        address, credentials: Of the cluster, see `security.resolve`.
         workers: At least 1; None: the usable CPUs.
         name: As which the cluster knows this machine; None: its host name.
         preload, grace_s, log_level: As for `serve`.
@@ -116,17 +128,17 @@ def join(
     Raises:
         ConfigurationError: It cannot start; says what to do.
     """
-    _set_up_logging(log_level)
-    connection = Connection.load(connection_file)
+    announce = _set_up(log_level)
+    connection = resolve(address, credentials)
     if workers == 0:
         raise ConfigurationError("a machine that joins needs --workers of at least 1")
     machine = _start_workers(workers, preload)
     from scaler_executor.runtime.agent_host import AgentHost
-    from scaler_executor.runtime.process import raise_descriptor_limit
 
-    raise_descriptor_limit()
     host = AgentHost(connection, machine, name or socket.gethostname(), grace_s, _say)
-    _say(f"joining {connection.address} with {_count(machine.count)}")
+    joining = f"joining {connection.address} with {_count(machine.count)}"
+    _say(joining)
+    announce(joining)
     code = host.run()
     _say("left" if code == 0 else "left; what was running has been stopped")
     return code
@@ -149,7 +161,7 @@ def keygen(cluster: str, who: str, *, output: Path | None = None, address: str |
     if address is None:
         address = Connection.load(directory.connection_path).address
     else:
-        address = _checked(address)
+        check_destination(address)
     path = (output or Path(f"{who}.connection.json")).absolute()
     if path.exists():
         raise ConfigurationError(f"{path} exists; remove it, or choose another --output")
@@ -186,14 +198,28 @@ def list_keys(cluster: str) -> None:
 def _existing(cluster: str) -> ClusterDirectory:
     path = default_directory(cluster)
     if not (path / "server.json").exists():
-        raise ConfigurationError(f"no cluster {cluster!r} has been served here; start it with: scaler-executor serve")
+        command = "scaler-executor serve" + ("" if cluster == "default" else f" --name {cluster}")
+        raise ConfigurationError(f"no cluster {cluster!r} has been served here; start it with: {command}")
     return ClusterDirectory(path)
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up(log_level: str) -> Callable[[str], None]:
+    """Make this the process of a service, wherever it was started: from a shell, by systemd, as process 1 of a
+    container. Return what tells its manager that it is ready, with a line of status (`man 3 sd_notify`)."""
     import logging
 
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    fill_standard_descriptors()
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It is for this process, and not for what it starts.
+    manager = os.environ.pop("NOTIFY_SOCKET", "")
+
+    def announce(status: str) -> None:
+        if manager:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.connect(manager.replace("@", "\0", 1) if manager.startswith("@") else manager)
+                sock.send(f"READY=1\nSTATUS={status}\n".encode())
+
+    return announce
 
 
 def _say(line: str) -> None:
@@ -232,20 +258,20 @@ def _start_workers(count: int | None, preload: Sequence[str]) -> Workers:
             raise ConfigurationError(f"there is no module {module!r} to preload")
     from scaler_executor.runtime.hosting import Workers
 
-    return Workers(cpu_count_usable() if count is None else count, preload)
+    from scaler_executor.runtime.process import raise_descriptor_limit
+
+    workers = Workers(cpu_count_usable() if count is None else count, preload)
+    raise_descriptor_limit()  # only now: calls find the limit that there was
+    return workers
 
 
 def _addresses(bind: str | None, last_port: int | None) -> list[str]:
     if bind is not None:
-        return [_checked(bind)]
+        try:
+            return [check_address(bind)]
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
     return [f"tcp://127.0.0.1:{port}" for port in (last_port, DEFAULT_PORT, "*") if port is not None]
-
-
-def _checked(address: str) -> str:
-    try:
-        return check_address(address)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
 
 
 def _explain(address: str, error: zmq.ZMQError) -> str:
@@ -269,6 +295,16 @@ def _reachable(address: str) -> str:
     except ValueError:
         is_any = match[1] == "*"
     return f"tcp://{socket.getfqdn()}:{match[2]}" if is_any else address
+
+
+def _check_replaceable(path: Path) -> None:
+    """Replace nothing but what an earlier start has written."""
+    try:
+        Connection.load(path)
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"{path} is there and is no connection file of this user's; remove it, or choose another place"
+        ) from None
 
 
 def _write_own(directory: ClusterDirectory, path: Path, address: str, keys: Keys) -> None:

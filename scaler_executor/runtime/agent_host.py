@@ -70,7 +70,7 @@ class AgentHost:
         self._unheard_since: float | None = self._dialer.session.link.proven_at
         #: Whether the reason why there is no connection has been said.
         self._said = ""
-        watch_ends(self.loop, self.drain, self.stop)
+        watch_ends(self.loop, workers, self.drain, self.stop)
         self._end_by: float | None = None
         #: It was told to end: it drains, and then it has said Bye.
         self._is_leaving = self._has_left = False
@@ -173,6 +173,4 @@ class AgentHost:
             self._say(f"no connection to {self._address}: {reason}; it will be tried again")
 
     def _on_drained(self) -> None:
-        if self._is_leaving and not self._has_left:
-            self._has_left = True
-            self._dialer.send(Bye())
+        self._has_left = self._is_leaving  # the agent has said Bye

@@ -1,7 +1,8 @@
 """Starts the processes of an embedded cluster and sees them off.
 
-This is the one place where embedded and remote differ: an embedded client starts its own serve process and holds one
-end of a pair to it. That process is started at once, and imports while its user goes on; the rest waits for the first
+Here, and in `runtime.remote`, is where embedded and remote differ: an embedded client starts its own serve process and
+holds one end of a pair to it, another one starts a process that leads to a served cluster; what they have in common is
+`Cluster`. The serve process is started at once, and imports while its user goes on; the rest waits for the first
 call, as ProcessPoolExecutor's processes do: then the forker is forked here where workers are to be forks of the user's
 process, and serve is told what workers are to find (sys.path, environment, working directory), as they are then. Where
 they are forks of serve's interpreter, and the program has meanwhile set variables that count only at an interpreter's
@@ -21,9 +22,12 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scaler_executor.runtime import platform, spawning, surroundings
+
+if TYPE_CHECKING:
+    from scaler_executor.runtime.namespace import MainDefinitions
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
 #: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
@@ -79,7 +83,109 @@ main(config)
 _LOOKED_AT_START: Final = ("PYTHON", "LC_", "LANG", "LD_", "DYLD_", "MALLOC_", "GLIBC_", "LOCPATH", "GCONV_PATH")
 
 
-class EmbeddedCluster:
+class Cluster:
+    """A cluster as a client has it: a process with the other end of a pair, whose end is the end of it.
+
+    Args:
+        initializer, initargs: Run in each worker before its first call.
+    """
+
+    #: What workers have of `__main__`, and what they are to be sent. Set by whoever inherits from this.
+    main: MainDefinitions
+
+    def __init__(self, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+        self._initializer = initializer
+        #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
+        self._initargs = initargs
+        #: Of each call; None: all calls have the same, which the process knows.
+        self.cancel_grace_s: float | None = None
+        #: So much waits in this process before `submit` does; None: there is no limit.
+        self.max_unsent_bytes: int | None = None
+        #: Whether a client's thread waits for the end: whoever made it does not, then.
+        self.has_owner = False
+        self.death_fd = -1
+
+    def _start_process(self, module: str, *, has_control: bool) -> dict[str, Any]:
+        """Start a fresh interpreter that runs `main` of a module here, with the other ends of `socket`, by which it is
+        spoken to, of `_config_socket`, and of `_control` if it `has_control`. Return what it is to be told of them."""
+        #: The control pair of a forker that is still to be forked: serve's end it has.
+        self._control: socket.socket | None = None
+        lifeline: platform.Lifeline | None = None
+        placeholders = fill_standard_descriptors()
+        theirs: list[socket.socket] = []
+        client_pidfd = -1
+        try:
+            self.socket, their_socket = socket.socketpair()
+            theirs.append(their_socket)
+            self._config_socket, their_config = socket.socketpair()
+            theirs.append(their_config)
+            if has_control:
+                self._control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                theirs.append(their_control)
+            client_pidfd = platform.watch_self()
+            lifeline = platform.Lifeline(is_spawned=True)
+            inherited = [client_pidfd, *(end.fileno() for end in theirs)]
+            if lifeline.child_fd >= 0:
+                inherited.append(lifeline.child_fd)
+            self._pid = start_process(module, their_config.fileno(), client_pidfd, inherited)
+            self.death_fd = lifeline.watch(self._pid)
+            return {
+                "socket_fd": their_socket.fileno(),
+                "config_fd": their_config.fileno(),
+                "control_fd": theirs[2].fileno() if has_control else None,
+                "client_pidfd": client_pidfd,
+                "client_pid": os.getpid(),
+                "lifeline_fd": lifeline.child_fd,
+            }
+        except BaseException:
+            self.close()  # by which it ends, if there is one
+            if hasattr(self, "_pid"):
+                reap(self._pid)
+            raise
+        finally:
+            if client_pidfd >= 0:
+                os.close(client_pidfd)
+            for end in theirs:
+                end.close()
+            if lifeline is not None:
+                lifeline.close()
+            for fd in placeholders:
+                os.close(fd)
+
+    def _pickle_initializer(self) -> tuple[bytes | None, list[tuple[str, int, list[Any]]]]:
+        """Return the pickle of (initializer, initargs), None if there is none, and the definitions that it needs, as
+        (name, version, buffers)."""
+        if self._initializer is None:
+            return None, []
+        from scaler_executor.runtime.calls import CallPickler
+
+        names: set[str] = set()
+        pickled = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
+        definitions = [
+            (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))
+            for definition in self.main.needs(names).definitions
+        ]
+        return pickled, definitions
+
+    def _await_end(self) -> int | None:
+        """Wait until the process is gone and reap it. Return its exit code, see `reap`."""
+        poller = select.poll()
+        poller.register(self.death_fd, select.POLLIN)
+        poller.poll()
+        return reap(self._pid)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for name in ("socket", "_config_socket", "_control"):
+            end = getattr(self, name, None)
+            if end is not None:
+                end.close()
+        fd, self.death_fd = self.death_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class EmbeddedCluster(Cluster):
     """A scheduler and workers on this machine, for this process alone.
 
     Args:
@@ -103,69 +209,20 @@ class EmbeddedCluster:
         max_tasks_per_child: int | None,
         cancel_grace_s: float,
     ) -> None:
-        self._config = {
+        super().__init__(initializer, initargs)
+        self._forker_pid: int | None = None
+        #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
+        self._lock = threading.RLock()
+        self._is_over = False
+        self._environment = dict(os.environ)
+        self._surroundings = surroundings.take()
+        self._config = self._start_process("serve", has_control=start_method == "fork") | {
             "max_workers": max_workers,
             "max_tasks_per_child": max_tasks_per_child,
             "cancel_grace_s": cancel_grace_s,
             "start_method": start_method,
             "has_initializer": initializer is not None,
         }
-        self._initializer = initializer
-        #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
-        self._initargs = initargs
-        #: Serve knows it for all.
-        self.cancel_grace_s: float | None = None
-        self.max_unsent_bytes: int | None = None
-        self._forker_pid: int | None = None
-        #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
-        self._lock = threading.RLock()
-        self._is_over = False
-        #: Whether a client's thread waits for the end: whoever made it does not, then.
-        self.has_owner = False
-        self.death_fd = -1
-        lifeline: platform.Lifeline | None = None
-        placeholders = fill_standard_descriptors()
-        try:
-            self.socket, theirs = socket.socketpair()
-            self._config_socket, their_config = socket.socketpair()
-            client_pidfd = platform.watch_self()
-            lifeline = platform.Lifeline(is_spawned=True)
-            inherited = [theirs.fileno(), their_config.fileno(), client_pidfd]
-            if lifeline.child_fd >= 0:
-                inherited.append(lifeline.child_fd)
-            self._config |= {
-                "socket_fd": theirs.fileno(),
-                "config_fd": their_config.fileno(),
-                "client_pidfd": client_pidfd,
-                "client_pid": os.getpid(),
-                "lifeline_fd": lifeline.child_fd,
-            }
-            #: The control pair of a forker that is still to be forked: serve's end it has.
-            self._forker_socket: socket.socket | None = None
-            control: socket.socket | None = None
-            if start_method == "fork":
-                self._forker_socket, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                inherited.append(control.fileno())
-            self._config["control_fd"] = control.fileno() if control is not None else None
-            try:
-                self._environment = dict(os.environ)
-                self._surroundings = surroundings.take()
-                self._serve_pid = start_process("serve", their_config.fileno(), client_pidfd, inherited)
-                self.death_fd = lifeline.watch(self._serve_pid)
-            finally:
-                os.close(client_pidfd)
-                for end in (theirs, their_config, *([control] if control is not None else [])):
-                    end.close()
-        except BaseException:
-            self.close()
-            if self.death_fd < 0 and hasattr(self, "_serve_pid"):
-                reap(self._serve_pid)
-            raise
-        finally:
-            if lifeline is not None:
-                lifeline.close()
-            for fd in placeholders:
-                os.close(fd)
         self.socket.setblocking(False)
         try:
             self._import_rest()
@@ -181,9 +238,8 @@ class EmbeddedCluster:
         import scaler_executor.runtime.identity
         from scaler_executor.runtime.namespace import MainDefinitions
 
-        #: What of `__main__` workers have, and what they are to be sent.
         self.main = MainDefinitions()
-        if self._forker_socket is not None:
+        if self._control is not None:
             import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
 
             platform.prepare()
@@ -202,7 +258,7 @@ class EmbeddedCluster:
 
     def _start(self) -> None:
         inherited_main: dict[str, Any] = {}
-        if self._forker_socket is not None:
+        if self._control is not None:
             # First of all: a signal handler's call may ask what is inherited.
             from scaler_executor.runtime.namespace import snapshot
 
@@ -212,7 +268,7 @@ class EmbeddedCluster:
 
         key = authkey()
         environment = dict(os.environ)
-        must_begin_again = self._forker_socket is None and (
+        must_begin_again = self._control is None and (
             _looked_at_start(environment) != _looked_at_start(self._environment)
         )
         has_environment = must_begin_again or environment == self._environment
@@ -231,20 +287,21 @@ class EmbeddedCluster:
             "has_tracker": False,
         }
         descriptors: list[int] = []
-        if self._forker_socket is None:
+        if self._control is None:
             if self._initializer is not None:
-                config["initializer_pickle"], config["definitions"], descriptors = self._pickle_initializer()
+                with spawning.pickling_for_workers() as descriptors:
+                    config["initializer_pickle"], config["definitions"] = self._pickle_initializer()
             tracker_fd = spawning.tracker_fd()
             if tracker_fd is not None:
                 descriptors = [*descriptors, tracker_fd]
             config["has_tracker"] = tracker_fd is not None
             config["descriptors"] = len(descriptors)
-        data = _frame(config)
+        data = frame(config)
         if must_begin_again:
             variables = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
-            data = _frame({"begin_again_with": variables}) + data
+            data = frame({"begin_again_with": variables}) + data
         try:
-            if self._forker_socket is not None:
+            if self._control is not None:
                 self._fork_forker(inherited_main, key)
             self._config_socket.sendall(data)
             if descriptors:
@@ -261,7 +318,7 @@ class EmbeddedCluster:
         from scaler_executor.runtime.identity import Identity
         from scaler_executor.runtime.worker import WorkerConfig
 
-        control, self._forker_socket = self._forker_socket, None
+        control, self._control = self._control, None
         assert control is not None
         try:
             config = WorkerConfig(
@@ -277,29 +334,12 @@ class EmbeddedCluster:
         finally:
             control.close()
 
-    def _pickle_initializer(self) -> tuple[bytes, list[tuple[str, int, list[Any]]], list[int]]:
-        """Return the pickle of (initializer, initargs), the definitions that it needs, as (name, version, buffers), and
-        the descriptors that go with it."""
-        from scaler_executor.runtime.calls import CallPickler
-
-        names: set[str] = set()
-        with spawning.pickling_for_workers() as descriptors:
-            pickled = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
-        definitions = [
-            (definition.name, definition.version, getattr(definition.payload, "buffers", [definition.payload]))
-            for definition in self.main.needs(names).definitions
-        ]
-        return pickled, definitions, descriptors
-
     def join(self) -> str:
         """Wait until the processes are gone, reap them and close the descriptors. Return how serve ended, in words."""
         with self._lock:
             self._is_over = True
         self._config_socket.close()  # a serve that nobody had a call for ends by this
-        poller = select.poll()
-        poller.register(self.death_fd, select.POLLIN)
-        poller.poll()
-        status = reap(self._serve_pid)
+        status = self._await_end()
         if self._forker_pid is not None:
             reap(self._forker_pid)
             self._forker_pid = None
@@ -310,23 +350,13 @@ class EmbeddedCluster:
             return f"the scheduler process was killed by signal {-status}"
         return f"the scheduler process exited with code {status}"
 
-    def close(self) -> None:
-        """Close the descriptors."""
-        for name in ("socket", "_config_socket", "_forker_socket"):
-            end = getattr(self, name, None)
-            if end is not None:
-                end.close()
-        fd, self.death_fd = self.death_fd, -1
-        if fd >= 0:
-            os.close(fd)
-
     def kill(self) -> None:
         """Kill serve, at whose end the forker kills the workers."""
         if self.death_fd >= 0:
-            platform.kill_process(self.death_fd, self._serve_pid)
+            platform.kill_process(self.death_fd, self._pid)
 
 
-def _frame(config: dict[str, Any]) -> bytes:
+def frame(config: dict[str, Any]) -> bytes:
     data = marshal.dumps(config)
     return len(data).to_bytes(8, "little") + data
 

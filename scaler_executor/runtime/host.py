@@ -99,7 +99,7 @@ class SchedulerHost:
             )
             self._to_scheduler.append(Hello("agent", python=python_version(), name=socket.gethostname()))
         self._reread_at = monotonic() + REREAD_S
-        watch_ends(self.loop, self.drain, self.stop)
+        watch_ends(self.loop, workers, self.drain, self.stop)
         self._end_by: float | None = None
         self._is_ending = self._is_stopped = False
         #: When it ends, whether its last words have arrived or not.

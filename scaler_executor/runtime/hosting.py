@@ -51,7 +51,8 @@ class Workers:
     def __init__(self, count: int, preload: Sequence[str]) -> None:
         self.count = count
         self._preload = list(preload)
-        self._pids: list[int] = []
+        #: Forkers that are not reaped.
+        self._pids: set[int] = set()
         self.control = self.start_forker()
 
     def start_forker(self) -> socket.socket | None:
@@ -65,8 +66,20 @@ class Workers:
             preload=self._preload,
         )
         pid, control = start_forker_by_fork(config, [fd for fd in platform.open_descriptors() if fd > 2])
-        self._pids.append(pid)
+        self._pids.add(pid)
         return control
+
+    def reap(self) -> None:
+        """Take note of all children that have ended: forkers and, where this is process 1 of a container, whatever
+        has lost its parent there."""
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            self._pids.discard(pid)
 
     def join(self) -> None:
         """Wait until the forkers have ended, which they do when they are let go."""
@@ -75,8 +88,13 @@ class Workers:
             platform.has_child_ended(pid, max(0.0, deadline - monotonic()))
 
 
-def watch_ends(loop: Loop, drain: Callable[[], None], stop: Callable[[], None]) -> None:
-    """Have the first SIGINT or SIGTERM drain, and the second one stop."""
+def watch_ends(loop: Loop, workers: Workers, drain: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Have the first SIGINT or SIGTERM drain and the second one stop, and reap what ends."""
     steps = iter([drain])
-    watch_signals(loop, [signal.SIGINT, signal.SIGTERM], lambda: next(steps, stop)())
+
+    def end() -> None:
+        next(steps, stop)()
+
+    watch_signals(loop, {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGCHLD: workers.reap})
+    workers.reap()  # what ended before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -82,7 +82,7 @@ class Relay:
             self._parent_check_at: float | None = monotonic()
         else:
             self._parent_check_at = None
-        watch_signals(self._loop, [signal.SIGTERM], self._client_gone)
+        watch_signals(self._loop, {signal.SIGTERM: self._client_gone})
 
     def run(self) -> None:
         """Relay until the client has gone."""

@@ -6,7 +6,6 @@ It looks to the client like an embedded one (`runtime.cluster`): a socket, and a
 from __future__ import annotations
 
 import getpass
-import marshal
 import os
 import pickle
 import select
@@ -22,7 +21,7 @@ import msgspec
 from scaler_executor.errors import AuthenticationError, VersionMismatchError
 from scaler_executor.protocol.messages import Frames, Payload, RefusalKind
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.cluster import fill_standard_descriptors, reap, start_process
+from scaler_executor.runtime.cluster import Cluster, frame
 from scaler_executor.runtime.security import Connection
 
 #: So much waits in the user's process before `submit` does; the relay and the scheduler take more.
@@ -31,7 +30,7 @@ MAX_UNSENT_BYTES: Final = 256 << 20
 START_S: Final = 10.0
 
 
-class RemoteCluster:
+class RemoteCluster(Cluster):
     """The way to a served cluster.
 
     Args:
@@ -59,16 +58,12 @@ class RemoteCluster:
         cancel_grace_s: float,
         connect_timeout_s: float,
     ) -> None:
-        self._initializer = initializer
-        self._initargs = initargs
-        self.cancel_grace_s: float | None = cancel_grace_s
-        self.max_unsent_bytes: int | None = MAX_UNSENT_BYTES
-        #: See `cluster.EmbeddedCluster`.
-        self.has_owner = False
-        self.death_fd = -1
+        super().__init__(initializer, initargs)
+        self.cancel_grace_s = cancel_grace_s
+        self.max_unsent_bytes = MAX_UNSENT_BYTES
         #: Of all machines, when we were let in.
         self.workers = 0
-        config: dict[str, Any] = {
+        config = self._start_process("relay", has_control=False) | {
             "address": connection.address,
             "server_key": connection.server_key,
             "public_key": connection.keys.public,
@@ -77,47 +72,17 @@ class RemoteCluster:
             "max_running": max_running,
             "max_tasks_per_child": max_tasks_per_child,
             "connect_timeout_s": connect_timeout_s,
-            "client_pid": os.getpid(),
             "sys_path": [str(entry) for entry in sys.path],
         }
-        lifeline: platform.Lifeline | None = None
-        placeholders = fill_standard_descriptors()
         try:
-            self.socket, theirs = socket.socketpair()
-            config_socket, their_config = socket.socketpair()
-            client_pidfd = platform.watch_self()
-            try:
-                lifeline = platform.Lifeline(is_spawned=True)
-                inherited = [theirs.fileno(), their_config.fileno(), client_pidfd]
-                if lifeline.child_fd >= 0:
-                    inherited.append(lifeline.child_fd)
-                config |= {
-                    "socket_fd": theirs.fileno(),
-                    "config_fd": their_config.fileno(),
-                    "client_pidfd": client_pidfd,
-                    "lifeline_fd": lifeline.child_fd,
-                }
-                self._pid = start_process("relay", their_config.fileno(), client_pidfd, inherited)
-                self.death_fd = lifeline.watch(self._pid)
-            finally:
-                os.close(client_pidfd)
-                theirs.close()
-                their_config.close()
-            with config_socket:
-                data = marshal.dumps(config)
-                config_socket.sendall(len(data).to_bytes(8, "little") + data)
-                self._await_welcome(config_socket, connection.address, connect_timeout_s)
+            with self._config_socket:
+                self._config_socket.sendall(frame(config))
+                self._await_welcome(connection.address, connect_timeout_s)
         except BaseException:
             self.kill()
-            if self.death_fd >= 0:
-                reap(self._pid)
+            self._await_end()
             self.close()
             raise
-        finally:
-            if lifeline is not None:
-                lifeline.close()
-            for fd in placeholders:
-                os.close(fd)
         self.socket.setblocking(False)
         from scaler_executor.runtime.namespace import MainDefinitions
 
@@ -129,23 +94,10 @@ class RemoteCluster:
         Raises:
             Exception: What pickling the initializer raised.
         """
-        from scaler_executor.runtime.calls import CallPickler
-
-        names: set[str] = set()
-        initializer_pickle = None
-        if self._initializer is not None:
-            initializer_pickle = CallPickler(self.main).dumps_in_band((self._initializer, self._initargs), names)
-        definitions = [
-            (
-                definition.name,
-                definition.version,
-                [bytes(part) for part in getattr(definition.payload, "buffers", [definition.payload])],
-            )
-            for definition in self.main.needs(names).definitions
-        ]
+        initializer_pickle, definitions = self._pickle_initializer()
         setup = {
             "initializer_pickle": initializer_pickle,
-            "definitions": definitions,
+            "definitions": [(name, version, list(map(bytes, buffers))) for name, version, buffers in definitions],
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "sys_path": [os.path.abspath(entry) for entry in map(str, sys.path)],
         }
@@ -154,39 +106,27 @@ class RemoteCluster:
     def join(self) -> str:
         """Wait until the relay is gone, reap it and close the descriptors. Return how it ended, in words."""
         self.socket.close()  # a relay that nobody has said Bye to ends by this
-        poller = select.poll()
-        poller.register(self.death_fd, select.POLLIN)
-        poller.poll()
-        status = reap(self._pid)
+        status = self._await_end()
         self.close()
         if status is not None and status < 0:
             return f"the process that leads to the scheduler was killed by signal {-status}"
         return "the connection to the scheduler has ended"
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        end = getattr(self, "socket", None)
-        if end is not None:
-            end.close()
-        fd, self.death_fd = self.death_fd, -1
-        if fd >= 0:
-            os.close(fd)
 
     def kill(self) -> None:
         """Have the cluster drop all that is outstanding, at once."""
         if self.death_fd >= 0:
             platform.signal_process(self.death_fd, self._pid, signal.SIGTERM)
 
-    def _await_welcome(self, config_socket: socket.socket, address: str, connect_timeout_s: float) -> None:
+    def _await_welcome(self, address: str, connect_timeout_s: float) -> None:
         """Wait for the relay's word."""
         deadline = monotonic() + connect_timeout_s + START_S
         poller = select.poll()
-        poller.register(config_socket, select.POLLIN)
+        poller.register(self._config_socket, select.POLLIN)
         data = b""
         while True:
             if not poller.poll(max(0.0, deadline - monotonic()) * 1000):
                 raise ConnectionError(f"no connection to the scheduler at {address} within {connect_timeout_s:g} s")
-            part = config_socket.recv(4096)
+            part = self._config_socket.recv(4096)
             if not part:
                 break
             data += part

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from scaler_executor.defaults import CREDENTIALS_VARIABLE
+
 #: That a file cannot be opened for one of these says nothing of the file.
 _PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 #: Whose key it is that serve makes for the user who serves.
@@ -63,8 +65,12 @@ class Connection:
     keys: Keys
 
     @classmethod
-    def load(cls, path: Path) -> Connection:
+    def load(cls, path: Path, address: str | None = None) -> Connection:
         """Read a connection file.
+
+        Args:
+            path: Of the file.
+            address: Counts instead of the one in the file.
 
         Raises:
             ConfigurationError: It is missing, not private or not a connection file.
@@ -73,8 +79,7 @@ class Connection:
         try:
             if data["type"] != "scaler-executor connection" or data["version"] != 1:
                 raise ValueError
-            address = check_address(data["address"])
-            if "*" in address:
+            if address is None and "*" in (address := check_address(data["address"])):
                 raise ConfigurationError(
                     f"the address {address} in {path} leads nowhere; make another connection file with"
                     " `scaler-executor keygen --address tcp://HOST:PORT`"
@@ -125,7 +130,9 @@ class ClusterDirectory:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._clients.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise ConfigurationError(f"cannot make {self._clients}: {error.strerror}") from None
+            raise ConfigurationError(
+                f"cannot make {self._clients}: {error.strerror}; XDG_STATE_HOME may name another place"
+            ) from None
         for directory in (path, self._clients):
             status = directory.stat()
             if status.st_uid != os.geteuid():
@@ -250,40 +257,82 @@ def default_directory(name: str = "default") -> Path:
     """Return where the cluster of this name keeps its files (XDG base directory specification).
 
     Raises:
-        ConfigurationError: It is no name.
+        ConfigurationError: It is no name, or there is no place for it.
     """
     if not _NAME.fullmatch(name):
         raise ConfigurationError(f"{name!r} is no name for a cluster: letters, digits, dots, hyphens, underscores")
-    home = os.environ.get("XDG_STATE_HOME")
-    base = Path(home) if home and os.path.isabs(home) else Path.home() / ".local" / "state"
-    return base / "scaler-executor" / name
+    state = os.environ.get("XDG_STATE_HOME")
+    if not (state and os.path.isabs(state)):
+        state = os.path.expanduser("~/.local/state")
+        if not os.path.isabs(state):  # a number that stands in no passwd file, as in many containers
+            raise ConfigurationError("this user has no home directory; set XDG_STATE_HOME, say, to a private directory")
+    return Path(state) / "scaler-executor" / name
 
 
-def resolve(address: str | os.PathLike[str]) -> Connection:
-    """Return the connection that an address stands for: the path of a connection file.
+def resolve(address: str | os.PathLike[str], credentials: str | os.PathLike[str] | None = None) -> Connection:
+    """Return the connection that an address stands for.
+
+    Args:
+        address: The path of a connection file; or "tcp://HOST:PORT", as which the cluster of one is reached from here.
+        credentials: In the second case that connection file, of which only the keys count; None: the one that the
+            environment variable SCALER_EXECUTOR_CREDENTIALS names.
 
     Raises:
-        ConfigurationError: It is not one.
+        ConfigurationError: They are not; says what to do.
     """
-    text = os.fspath(address)
-    if text.startswith("tcp://"):
+    text = os.fsdecode(address)
+    if "://" not in text:
+        path = Path(os.path.expanduser(text))
+        if credentials is not None:
+            raise ConfigurationError(
+                f"credentials go with an address of the form tcp://HOST:PORT, and {text} is a file, which has keys of"
+                " its own; leave one of the two away"
+            )
+        if re.fullmatch(r"[^/]+:\d+", text) and not path.exists():
+            raise ConfigurationError(f"there is no connection file at {text}; if it is an address: tcp://{text}")
+        return Connection.load(path)
+    check_destination(text)
+    if credentials is None:
+        credentials = os.environ.get(CREDENTIALS_VARIABLE) or None
+    if credentials is None:
         raise ConfigurationError(
-            f"{text} alone does not say which keys to use; give the path of its connection file, which serve has"
-            " written, or a scaler_executor.Connection"
+            f"{text} alone does not say which keys to use: name a connection file of that cluster as well"
+            f" (credentials=PATH, --credentials PATH or {CREDENTIALS_VARIABLE}=PATH), or in the place of the address"
         )
-    return Connection.load(Path(text).expanduser())
+    return Connection.load(Path(os.path.expanduser(os.fsdecode(credentials))), text)
+
+
+def check_destination(address: str) -> str:
+    """Return the address if one can connect to it.
+
+    Raises:
+        ConfigurationError: It is not one, or leads nowhere.
+    """
+    try:
+        check_address(address)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    if "*" in address:
+        raise ConfigurationError(f"one can listen on {address}, but not connect to it: name a host and a port")
+    return address
 
 
 def check_address(address: Any) -> str:
     """Return the address if it is one.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not. The message repeats nothing that may be a key.
     """
-    match = re.fullmatch(r"tcp://(\[[0-9A-Fa-f:.%a-z]+\]|[^\s:/\[\]]+):(\*|\d{1,5})", str(address))
-    if match is None or (match[2] != "*" and int(match[2]) > 65535):
-        raise ValueError(f"{address!r} is not of the form tcp://HOST:PORT")
-    return str(address)
+    text = str(address)
+    match = re.fullmatch(r"tcp://(\[[0-9A-Fa-f:.%a-z]+\]|[\w.*;-]+):(\*|\d{1,5})", text)
+    if match is not None and (match[2] == "*" or int(match[2]) <= 65535):
+        return text
+    if re.search(r"[@?#]|\S{40}", text.partition("://")[2]):
+        raise ValueError(
+            "an address is of the form tcp://HOST:PORT and holds nothing else, no keys above all: others can read what"
+            " stands in the arguments and the environment of a process; keys stand in connection files"
+        )
+    raise ValueError(f"{address!r} is not of the form tcp://HOST:PORT")
 
 
 def read_private(path: Path, what: str) -> dict[str, Any]:

@@ -4,61 +4,65 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from support import DEADLINE_S, wait_until
 
 COMMAND = [sys.executable, "-m", "scaler_executor.cli"]
+HERE = Path(__file__).parent
 
 
 class Output:
-    """What a process prints, read as it comes."""
+    """What a process prints, read as it comes. It is a file and not a pipe: a process never waits for a reader, and
+    whatever holds it open, reading ends."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._fd = stream.fileno()
-        os.set_blocking(self._fd, False)
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `Process.close`
         self.text = ""
 
     def read(self) -> str:
         """Return all that has been printed so far."""
-        try:
-            while data := os.read(self._fd, 65536):
-                self.text += data.decode(errors="replace")
-        except BlockingIOError:
-            pass
+        if not self.file.closed:
+            fd = self.file.fileno()
+            self.text = os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
         return self.text
+
+    def __contains__(self, text: str) -> bool:
+        return text in self.read()
 
     def await_line(self, pattern: str, deadline_s: float = DEADLINE_S) -> re.Match[str]:
         """Wait for a line in which `pattern` is found."""
-        deadline = time.monotonic() + deadline_s
-        while (match := re.search(pattern, self.read(), re.MULTILINE)) is None:
-            left_s = deadline - time.monotonic()
-            assert left_s > 0, f"no {pattern!r} in:\n{self.text}"
-            select.select([self._fd], [], [], min(left_s, 0.1))
-        return match
+        found: list[re.Match[str]] = []
+
+        def is_there() -> bool:
+            found.extend(re.finditer(pattern, self.read(), re.MULTILINE))
+            return bool(found)
+
+        try:
+            wait_until(is_there, f"no {pattern!r}", deadline_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}, in:\n{self.text}") from None
+        return found[0]
 
 
 class Process:
     """A `scaler-executor` command that runs, behind the words of another command if there are some."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], before: Sequence[str] = ()) -> None:
+    def __init__(self, arguments: Sequence[object], environment: Mapping[str, str], before: Sequence[str] = ()) -> None:
+        self.output = Output()
         self.process = subprocess.Popen(
-            [*before, *COMMAND, *arguments],
+            [*before, *COMMAND, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=self.output.file,
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        assert self.process.stdout is not None
-        self.output = Output(self.process.stdout)
 
     @property
     def pid(self) -> int:
@@ -85,8 +89,8 @@ class Process:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.output.read()
+        self.output.file.close()
 
 
 class Served:
@@ -96,13 +100,28 @@ class Served:
         directory: For the files of the cluster.
         workers: In the scheduler's process.
         arguments: More ones for serve.
+        environment: What its environment has besides this process's.
+        before: In front of all: what starts it in another way.
+
+    Attributes:
+        files: Where it keeps its files.
+        connection: The connection file of whoever serves.
+        address: "tcp://HOST:PORT".
     """
 
-    def __init__(self, directory: Path, workers: int = 2, *arguments: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        workers: int = 2,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
-        self.environment = {**os.environ, "XDG_STATE_HOME": str(directory)}
-        self.environment.pop("SCALER_EXECUTOR_ADDRESS", None)
-        self.connection = directory / "scaler-executor" / "default" / "connection.json"
+        self.environment = environment_of(directory) | dict(environment or {})
+        self.files = directory / "scaler-executor" / "default"
+        self.connection = self.files / "connection.json"
+        self._before = before
         self._arguments = ["--workers", str(workers), *arguments]
         self._processes: list[Process] = []
         self.start("--bind", "tcp://127.0.0.1:*")
@@ -117,16 +136,47 @@ class Served:
     def process(self) -> subprocess.Popen[bytes]:
         return self.scheduler.process
 
+    @property
+    def pid(self) -> int:
+        return self.scheduler.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def output(self) -> str:
+        """What the scheduler has printed so far."""
+        return self.scheduler.output.read()
+
     def command(self, *arguments: str) -> Process:
         """Start any command of ours, among the files of this cluster."""
-        process = Process(list(arguments), self.environment)
+        is_scheduler = arguments[0] == "serve" and "--join" not in arguments
+        process = Process(arguments, self.environment, self._before if is_scheduler else ())
         self._processes.append(process)
         return process
 
-    def join(self, workers: int = 2, connection: Path | None = None) -> Process:
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run a command of ours that ends by itself, among the files of this cluster."""
+        return run_command(self.environment, *arguments)
+
+    def keygen(self, who: str) -> Path:
+        """Make a connection file with a key of its own."""
+        path = self.directory / f"{who}.connection.json"
+        done = self.run("keygen", who, "--output", path)
+        assert done.returncode == 0, done.stderr
+        return path
+
+    def revoke(self, who: str) -> None:
+        """Let that key in no more."""
+        done = self.run("keygen", who, "--revoke")
+        assert done.returncode == 0, done.stderr
+
+    def join(self, workers: int = 2, connection: Path | None = None, options: Sequence[str] = ()) -> Process:
         """Have another agent join, and wait until its workers count."""
         count = self.workers()
-        agent = self.command("serve", "--join", str(connection or self.connection), "--workers", str(workers))
+        words = ["serve", "--join", str(connection or self.connection), "--workers", str(workers), *options]
+        agent = self.command(*words)
         agent.output.await_line(r"^connected")
         wait_until(lambda: self.workers() >= count + workers, "the agent has not joined")
         return agent
@@ -166,5 +216,34 @@ class Served:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
         for process in self._processes:
             process.close()
+
+
+def run_command(environment: Mapping[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a `scaler-executor` command that ends by itself."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=environment,
+    )
+
+
+def environment_of(directory: Path) -> dict[str, str]:
+    """Return the environment of a user whose state is in `directory`."""
+    environment = {**os.environ, "XDG_STATE_HOME": str(directory)}
+    for name in ("SCALER_EXECUTOR_ADDRESS", "SCALER_EXECUTOR_CREDENTIALS", "NOTIFY_SOCKET"):
+        environment.pop(name, None)
+    return environment
+
+
+def python_path(*first: Path) -> str:
+    """Return where the tests' modules and the package are found, behind other directories."""
+    return os.pathsep.join(map(str, [*first, HERE, HERE.parent.parent]))

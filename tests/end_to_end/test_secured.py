@@ -16,12 +16,13 @@ import struct
 import time
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import workload
 import zmq
-from guarded import Command, Served, environment_of, python_path, run_command
+from served import Process, Served, environment_of, python_path, run_command
 from speaker import Cable, Speaker
 from support import DEADLINE_S, Scene, read_proc, wait_until
 
@@ -53,10 +54,15 @@ from scaler_executor.runtime.security import ConfigurationError, Connection, Key
 REFUSED_S = 9.0
 
 
+def serve(scene: Scene, *arguments: object, **options: Any) -> Served:
+    """A cluster of the test's own: see `Served`."""
+    return scene.keep(Served(scene.directory, *arguments, **options))  # type: ignore[no-any-return]
+
+
 @pytest.fixture
 def served(scene: Scene) -> Served:
     """A cluster with two workers."""
-    return Served(scene)
+    return serve(scene)
 
 
 @contextlib.contextmanager
@@ -214,7 +220,7 @@ def test_half_open_connections(served: Served) -> None:
 def test_no_descriptor_is_left(scene: Scene) -> None:
     """Strangers who take every descriptor that the cluster may have do not end it, nor anybody's session; when they
     have gone it is as before, revocation included."""
-    served = Served(scene, prefix=["sh", "-c", 'ulimit -n 120 && exec "$@"', "sh"])
+    served = serve(scene, before=["sh", "-c", 'ulimit -n 120 && exec "$@"', "sh"])
     bob = served.keygen("bob")
     with connected(served) as executor:
         with contextlib.ExitStack() as stack:
@@ -243,8 +249,8 @@ def with_keys(scene: Scene, served: Served, **changes: object) -> Path:
 
 @pytest.mark.parametrize("which", ["client's", "server's", "mismatched"])
 def test_wrong_key(scene: Scene, served: Served, which: str) -> None:
-    """A key that is not allowed, and one of another server, are refused at once with AuthenticationError; clients that
-    are there notice nothing."""
+    """A key that is not allowed, and one of another server, are refused with AuthenticationError within a second;
+    clients that are there notice nothing."""
     own = Connection.load(served.connection).keys
     path = with_keys(
         scene,
@@ -256,10 +262,14 @@ def test_wrong_key(scene: Scene, served: Served, which: str) -> None:
         }[which],
     )
     with connected(served):
-        start = time.monotonic()
-        with pytest.raises(AuthenticationError, match="refuses this client") as caught:
-            ScalerExecutor(address=path)
-        assert time.monotonic() - start < REFUSED_S
+        took_s = []
+        # A machine that does other things has its moments, but not ten in a row.
+        while len(took_s) < 10 and min(took_s, default=2.0) > 1.0:
+            start = time.monotonic()
+            with pytest.raises(AuthenticationError, match="refuses this client") as caught:
+                ScalerExecutor(address=path)
+            took_s.append(time.monotonic() - start)
+        assert min(took_s) <= 1.0
         done = served.run("status", path)
         assert done.returncode == 1 and "refuses" in done.stderr
     for key in (own.secret, own.public):
@@ -270,7 +280,8 @@ def test_agent_with_wrong_key(scene: Scene, served: Served) -> None:
     """A machine whose key is not allowed does not get in, and says why."""
     path = with_keys(scene, served, keys=Keys.create())
     arguments = ["serve", "--join", path, "--workers", 1]
-    agent = scene.keep(Command(arguments, scene.directory, served.environment, "no connection to .*not allowed"))
+    agent = scene.keep(Process(arguments, served.environment))
+    agent.output.await_line("no connection to .*not allowed")
     assert len(status(served)["agents"]) == 1
     agent.kill()
 
@@ -304,7 +315,7 @@ def test_revoked_and_given_again(scene: Scene, served: Served) -> None:
     """A name that is given to another key at once does not keep the session of the first one alive."""
     speaker = scene.keep(Speaker(served.keygen("bob")))
     assert isinstance(speaker.hello("client"), Welcome)
-    clients = served.directory / "clients"
+    clients = served.files / "clients"
     (clients / "new").write_text(json.dumps({"public_key": Keys.create().public.decode()}))
     (clients / "new").chmod(0o600)
     (clients / "new").replace(clients / "bob.json")
@@ -324,7 +335,7 @@ def test_revoked_agent(scene: Scene, served: Served) -> None:
 
 def test_files_that_others_may_read(served: Served) -> None:
     """A connection file that others may read is refused, with the command that mends it, wherever one is named."""
-    for path in [served.directory / name for name in ("server.json", "connection.json", "clients/owner.json")]:
+    for path in [served.files / name for name in ("server.json", "connection.json", "clients/owner.json")]:
         assert path.stat().st_mode & 0o777 == 0o600, path
     served.connection.chmod(0o644)
     fix = f"chmod 600 {served.connection}"
@@ -333,9 +344,9 @@ def test_files_that_others_may_read(served: Served) -> None:
     for arguments in (["serve", "--join", served.connection], ["status", served.connection]):
         done = served.run(*arguments)
         assert done.returncode == 2 and fix in done.stderr
-    served.directory.chmod(0o755)
+    served.files.chmod(0o755)
     done = served.run("keygen", "bob")
-    assert done.returncode == 2 and f"chmod 700 {served.directory}" in done.stderr
+    assert done.returncode == 2 and f"chmod 700 {served.files}" in done.stderr
 
 
 @pytest.mark.parametrize("bind", ["ipc:///tmp/socket", "inproc://x", "127.0.0.1:5735", "tcp://127.0.0.1", "ws://*:1"])
@@ -358,13 +369,13 @@ def test_other_versions(scene: Scene, what: str) -> None:
         if what == "protocol"
         else "import scaler_executor.runtime.host as host; host.python_version = lambda: '2.7'\n"
     )
-    served = Served(scene, 0, environment={"PYTHONPATH": python_path(hook)})
+    served = serve(scene, 0, environment={"PYTHONPATH": python_path(hook)})
     both = {"protocol": f"version {PROTOCOL_VERSION} .* 77", "Python": f"{python_version()}, .* 2.7"}[what]
     with pytest.raises(VersionMismatchError, match=both):
         ScalerExecutor(address=served.connection)
     own = dict(served.environment, PYTHONPATH=python_path())
-    agent = Command(["serve", "--join", served.connection, "--workers", 1], scene.directory, own, both)
-    scene.keep(agent)
+    agent = scene.keep(Process(["serve", "--join", served.connection, "--workers", 1], own))
+    agent.output.await_line(both)
     assert agent.wait() == 1
 
 
@@ -587,12 +598,7 @@ def test_secrets_stay_secret(scene: Scene) -> None:
     """Keys, arguments, results, errors and environments stand in no process's arguments, in nothing that DEBUG logs of
     any process say, and keys in no environment."""
     canaries = {name: f"canary-{name}-{os.urandom(8).hex()}" for name in ("argument", "result", "error", "environment")}
-    served = Served(
-        scene,
-        0,
-        options=["--log-level", "debug"],
-        environment={"CANARY": canaries["environment"]},
-    )
+    served = serve(scene, 0, "--log-level", "debug", environment={"CANARY": canaries["environment"]})
     carol = served.keygen("carol")
     machine = served.join(2, options=["--log-level", "debug"], connection=served.keygen("machine"))
     started, gate = scene.fifo(), scene.fifo()
@@ -621,7 +627,7 @@ def test_secrets_stay_secret(scene: Scene) -> None:
     )
     started.hear()
     keys = set()
-    for path in [*served.directory.rglob("*.json"), carol, scene.directory / "machine.connection.json"]:
+    for path in [*served.files.rglob("*.json"), carol, served.directory / "machine.connection.json"]:
         data = json.loads(path.read_text())
         keys |= {data[name] for name in ("secret_key", "public_key", "server_key") if name in data}
     assert len(keys) >= 8
@@ -646,7 +652,7 @@ def test_secrets_stay_secret(scene: Scene) -> None:
     served.revoke("carol")
     machine.stop()
     served.stop()
-    logs = client.output + machine.output + served.output
+    logs = client.output + machine.output.read() + served.output
     assert "session" in logs and "DEBUG" in logs
     assert not [secret for secret in [*private, canaries["environment"]] if secret in logs], logs
 
@@ -689,7 +695,7 @@ def test_the_scheduler_unpickles_nothing(scene: Scene) -> None:
     (hook / "sitecustomize.py").write_text(AUDIT)
     record = scene.directory / "audit"
     record.touch()
-    served = Served(scene, 0, environment={"PYTHONPATH": python_path(hook), "AUDIT_FILE": str(record)})
+    served = serve(scene, 0, environment={"PYTHONPATH": python_path(hook), "AUDIT_FILE": str(record)})
     agent = served.join(2)
     with ScalerExecutor(address=served.connection, initializer=workload.echo, initargs=(ValueError("x"),)) as executor:
         values = [ValueError, Path("/"), b"x" * 200_000]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 import workload
+from proxy import Proxy
 from served import COMMAND, Served
 from support import DEADLINE_S, Scene, is_gone, wait_gone, wait_until
 
 from scaler_executor import CancelOutcome, ScalerExecutor, SchedulerLostError, WorkerDiedError
+from scaler_executor.runtime.security import Connection
 
 Connect = Callable[..., ScalerExecutor]
 
@@ -100,6 +103,57 @@ def test_programs(cluster: Served, tmp_path: Path) -> None:
     program.write_text(PROGRAM.format(imports="", make=f"ProcessPoolExecutor({arguments})"))
     swapped = run(cluster, *COMMAND, "run", "--address", cluster.connection, *command[1:])
     assert swapped.stdout == told, swapped.stderr
+
+
+def test_another_address(scene: Scene, cluster: Served, tmp_path: Path) -> None:
+    """Where the cluster is reached as another address than the one in its connection file, that address and the file
+    will do together: as arguments, as variables, as options of each command. One alone is told what is missing."""
+    proxy = scene.keep(Proxy(cluster.address))
+    other = tmp_path / "other.json"
+    connection = Connection.load(cluster.connection)
+    # Nobody listens at the file's own address.
+    Connection("tcp://127.0.0.1:1", connection.server_key, connection.keys).save(other)
+    with ScalerExecutor(address=proxy.address, credentials=other) as executor:
+        assert executor.submit(workload.echo, 1).result(DEADLINE_S) == 1
+    with pytest.raises(ValueError, match="credentials=PATH"):
+        ScalerExecutor(address=proxy.address)
+    with pytest.raises(ValueError, match="go with an address"):
+        ScalerExecutor(credentials=other)
+
+    program = tmp_path / "program.py"
+    command = [sys.executable, program, "an", "argument"]
+    source = PROGRAM.format(imports=OURS, make="ScalerExecutor(initializer=begin, initargs=(100,))")
+    told = TOLD.format(state=cluster.directory)
+    program.write_text(source)
+    variables = {"SCALER_EXECUTOR_ADDRESS": proxy.address, "SCALER_EXECUTOR_CREDENTIALS": str(other)}
+    cluster.environment |= variables
+    assert run(cluster, *command).stdout == told
+    assert run(cluster, *COMMAND, "status").returncode == 0
+    for name in variables:
+        del cluster.environment[name]
+    program.write_text(source.replace("import os", "import os; os.chdir('/'); import os", 1))
+    both = ["--address", proxy.address, "--credentials", os.path.relpath(other)]
+    swapped = run(cluster, *COMMAND, "run", *both, *command[1:])
+    assert swapped.stdout == told, swapped.stderr
+
+    agent = cluster.command("serve", "--join", proxy.address, "--credentials", str(other), "--workers", "1")
+    agent.output.await_line("^connected")
+    wait_until(lambda: cluster.workers() == 3, "the machine has not joined")
+    assert "3 workers" in run(cluster, *COMMAND, "status", proxy.address, "--credentials", other).stdout
+    cancelled = run(cluster, *COMMAND, "cancel", proxy.address, "99.1", "--credentials", other)
+    assert cancelled.stdout == "99.1: not found\n", cancelled.stderr
+    forgotten = [
+        ["status", proxy.address],
+        ["serve", "--join", proxy.address],
+        ["run", "--address", proxy.address, "x"],
+    ]
+    for words in [*forgotten, ["cancel", proxy.address, "1.1"]]:
+        refused = run(cluster, *COMMAND, *words)
+        assert refused.returncode == 2 and "--credentials PATH" in refused.stderr and "Traceback" not in refused.stderr
+    lost = [["status"], ["serve"], ["run", "x"]]
+    for words in lost:
+        refused = run(cluster, *COMMAND, words[0], "--credentials", other, *words[1:])
+        assert refused.returncode == 2 and "--credentials goes with" in refused.stderr, refused.stderr
 
 
 def test_initializer_once_per_worker_and_executor(scene: Scene, connect: Connect) -> None:
@@ -286,14 +340,35 @@ def test_grace(cluster: Served, connect: Connect) -> None:
         (["--join", "/nonexistent"], "there is no connection file at /nonexistent"),
         (["--join", "x", "--bind", "tcp://127.0.0.1:0"], "--bind does not go with --join"),
         (["--workers", "-1"], "-1 is negative"),
+        (["--workers", "x"], "'x' is not a whole number"),
+        (["--grace", "x"], "x is not a number of seconds"),
+        (["--connection-file", __file__], f"{__file__} is there and is no connection file"),
     ],
 )
 def test_wrong_usage(scene: Scene, arguments: list[str], told: str) -> None:
     """What is wrong is said in a line, not in a traceback."""
+    refuses(scene, ["serve", *arguments], told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["keygen", "--revoke"], "--revoke goes with the NAME of a key"),
+        (["keygen", "bob"], "no cluster 'default' has been served here"),
+        (["status"], "no cluster is served here"),
+        (["cancel", "x"], "'x' is not a task; they are named 3.17, say"),
+        (["cancel", "1.1", "y"], "'y' is not a task"),
+    ],
+)
+def test_wrong_usage_of_other_commands(scene: Scene, arguments: list[str], told: str) -> None:
+    """The same holds for what is not `serve`."""
+    refuses(scene, arguments, told)
+
+
+def refuses(scene: Scene, arguments: list[str], told: str) -> None:
     environment = {**os.environ, "XDG_STATE_HOME": str(scene.directory)}
-    done = subprocess.run(
-        [*COMMAND, "serve", *arguments], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    environment.pop("SCALER_EXECUTOR_ADDRESS", None)
+    done = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
 
 
@@ -311,6 +386,17 @@ def test_same_port_and_keys_again(cluster: Served, connect: Connect) -> None:
     cluster.stop()
     cluster.start()
     assert (cluster.address, cluster.connection.read_text()) == before
+    assert connect().submit(workload.echo, 1).result(DEADLINE_S) == 1
+
+
+def test_port_taken_meanwhile(cluster: Served, connect: Connect) -> None:
+    """Where another process has taken the port of before, the cluster takes another one, and says what that means."""
+    before = cluster.address
+    cluster.stop()
+    with socket.create_server(("127.0.0.1", cluster.port)):
+        cluster.start()
+    assert cluster.address != before
+    assert f"another process listens on {before}, where this cluster was last" in cluster.output
     assert connect().submit(workload.echo, 1).result(DEADLINE_S) == 1
 
 
@@ -362,6 +448,43 @@ def test_status_and_cancel(scene: Scene, cluster: Served, connect: Connect) -> N
     assert queued.result(DEADLINE_S) == "queued"
     executor.clear()
     assert json.loads(run(cluster, *COMMAND, "status", "--json").stdout)["done"] >= 1
+
+
+def test_status_and_cancel_of_many(cluster: Served, connect: Connect) -> None:
+    """With many clients and machines each is told of apart, in numbers that fit together; calls of several clients on
+    several machines are stopped by one command, and what waited gets their workers."""
+    for name in ("first", "second", "third"):
+        cluster.command("serve", "--join", str(cluster.connection), "--workers", "1", "--name", name)
+    wait_until(lambda: cluster.workers() == 5, "the machines have not joined")
+    executors = [connect() for _ in range(8)]
+    futures = [executor.submit(workload.sleep_for, 3600) for executor in executors]
+    wait_until(lambda: sum(future.running() for future in futures) == 5, "the calls do not run")
+    status: dict[str, Any] = cluster.status()
+    assert {"first", "second", "third"} < {agent["name"] for agent in status["agents"]}
+    assert (status["running"], status["queued"]) == (5, 3)
+    clients = {client["client_id"]: client for client in status["clients"]}
+    assert len(clients) == 8 and {client["running"] + client["queued"] for client in clients.values()} == {1}
+    running = {call["client_id"]: f"{call['client_id']}.{call['no']}" for call in status["calls"]}
+    assert len(running) == 5 and all(clients[client_id]["running"] == 1 for client_id in running)
+    machines = [call["agent"] for call in status["calls"]]
+    assert {machine: machines.count(machine) for machine in ("first", "second", "third")} == {
+        "first": 1,
+        "second": 1,
+        "third": 1,
+    }
+    told = run(cluster, *COMMAND, "status").stdout
+    assert told.startswith("4 machines, 5 workers, 8 clients;") and "5 running, 3 queued" in told
+    assert all(f"\n{name} " in told for name in [*running.values(), "first", "second", "third"])
+
+    names = list(running.values())[:3]
+    stopped = run(cluster, *COMMAND, "cancel", *names, names[0], "7.99")  # the cluster that is served here
+    assert stopped.returncode == 1
+    assert stopped.stdout.splitlines() == ["7.99: not found", *(f"{name}: stopped" for name in names)]
+    wait_until(lambda: sum(future.done() for future in futures) == 3, "the futures do not hear of it")
+    assert all(future.cancel_outcome is CancelOutcome.CANCELED for future in futures if future.done())
+    wait_until(lambda: sum(future.running() for future in futures) == 5, "what waited does not run")
+    queued = [client for client in cluster.status()["clients"] if client["running"]]  # type: ignore[attr-defined]
+    assert len(queued) == 5 and not {client["client_id"] for client in queued} & set(list(running)[:3])
 
 
 def test_only_the_owner_cancels(scene: Scene, cluster: Served, connect: Connect) -> None:

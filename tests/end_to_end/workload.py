@@ -173,6 +173,16 @@ def leave_subprocess(started: Fifo) -> None:
         process.returncode = 0  # no warning
 
 
+def leave_daemon() -> None:
+    """Leave a process in a session of its own, which ends at once and is nobody's child."""
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execvp("true", ["true"])
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
 def leave_process(started: Fifo) -> None:
     """Leave a child of multiprocessing behind when interrupted: at its end an interpreter would wait for it."""
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -225,10 +226,66 @@ def test_damaged_port(directory, port):
         directory.server()
 
 
-def test_an_address_is_not_enough():
+def test_an_address_is_not_enough(monkeypatch):
     """There is no connection without keys, and the message says what is needed instead."""
-    with pytest.raises(ConfigurationError, match="does not say which keys to use; give the path"):
+    monkeypatch.delenv("SCALER_EXECUTOR_CREDENTIALS", raising=False)
+    with pytest.raises(ConfigurationError, match=r"which keys to use: name a connection file .*credentials=PATH"):
         resolve(ADDRESS)
+
+
+def test_an_address_with_credentials(connection_file, monkeypatch):
+    """The keys are those of the connection file that is named, or that the environment names; its own address does not
+    count, not even one that leads nowhere."""
+    path, connection = connection_file
+    other = "tcp://[::1]:99"
+    expected = Connection(other, connection.server_key, connection.keys)
+    assert resolve(other, path) == resolve(other, str(path)) == resolve(other, os.fsencode(path)) == expected
+    monkeypatch.setenv("SCALER_EXECUTOR_CREDENTIALS", str(path))
+    assert resolve(other) == expected
+    change(path, address="tcp://*:5")
+    assert resolve(other) == expected
+    change(path, address=ADDRESS)
+    monkeypatch.setenv("SCALER_EXECUTOR_CREDENTIALS", str(path.parent / "missing"))
+    assert resolve(other, path) == expected
+    assert resolve(path) == connection  # a file says all there is to say
+    with pytest.raises(ConfigurationError, match="there is no connection file"):
+        resolve(other)
+    path.chmod(0o644)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        resolve(other, path)
+
+
+def test_credentials_with_a_file(connection_file):
+    """A connection file has keys of its own: which of two counted, nobody would know."""
+    path, _ = connection_file
+    with pytest.raises(ConfigurationError, match="leave one of the two away"):
+        resolve(path, path)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("tcp://*:5735", "one can listen on"),
+        ("tcp://127.0.0.1:*", "one can listen on"),
+        ("tcp://127.0.0.1", "not of the form"),
+        ("ipc:///tmp/x", "not of the form"),
+        ("127.0.0.1:5735", "if it is an address: tcp://127.0.0.1:5735"),
+    ],
+)
+def test_wrong_addresses(connection_file, address, told):
+    """What is no address to connect to is refused, with what is wrong."""
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        resolve(address, connection_file[0] if "://" in address else None)
+
+
+@pytest.mark.parametrize("form", ["tcp://{}@127.0.0.1:5735", "tcp://127.0.0.1:5735?key={}", "tcp://{}:5735"])
+def test_no_keys_in_addresses(connection_file, form):
+    """An address with a key in it is refused without being repeated: messages end up in logs."""
+    path, _ = connection_file
+    for key in ("hunter2@", *(Keys.create().secret.decode() for _ in range(100))):
+        with pytest.raises(ConfigurationError, match="holds nothing else, no keys") as caught:
+            resolve(form.format(key), path)
+        assert key not in str(caught.value)
 
 
 def test_keys_are_not_shown(connection_file):

@@ -5,6 +5,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from typing_extensions import assert_never, assert_type
 
@@ -28,6 +29,8 @@ def constructor_takes_the_arguments_of_process_pool_executor() -> None:
     ScalerExecutor(2, multiprocessing.get_context("spawn"), setup, ("here", 1))
     ScalerExecutor(max_workers=2, mp_context=None, initializer=setup, initargs=("here", 1), max_tasks_per_child=10)
     ScalerExecutor(cancel_timeout=None, cancel_grace=0.0)
+    ScalerExecutor(address="connection.json", connect_timeout=1)
+    ScalerExecutor(address="tcp://127.0.0.1:5735", credentials=Path("connection.json"))
     ScalerExecutor("two")  # type: ignore[arg-type]
 
 
