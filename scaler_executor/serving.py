@@ -257,7 +257,6 @@ def _start_workers(count: int | None, preload: Sequence[str]) -> Workers:
         if found is None:
             raise ConfigurationError(f"there is no module {module!r} to preload")
     from scaler_executor.runtime.hosting import Workers
-
     from scaler_executor.runtime.process import raise_descriptor_limit
 
     workers = Workers(cpu_count_usable() if count is None else count, preload)
