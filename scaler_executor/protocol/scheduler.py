@@ -35,11 +35,13 @@ from scaler_executor.protocol.messages import (
     TaskDied,
     TaskReturned,
     TaskRunning,
+    TasksAgain,
     TaskSplit,
     TaskSubmit,
     Welcome,
     WorkersBroken,
 )
+from scaler_executor.protocol.priorities import with_priorities
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_events import (
     Congested,
@@ -82,6 +84,7 @@ from scaler_executor.protocol.scheduler_tasks import (
 FENCE_S: Final = 10.0
 
 ERROR: Final = int(ResultKind.ERROR)
+TIMED_OUT: Final = int(ResultKind.TIMED_OUT)
 #: The highest number of an item, and of a client: see `CLIENT_ID_SHIFT`.
 MAX_NO: Final = (1 << CLIENT_ID_SHIFT) - 1
 MAX_CLIENT_ID: Final = (1 << 63 - CLIENT_ID_SHIFT) - 1
@@ -110,8 +113,8 @@ class SchedulerState:
         #: {peer: Client, Agent or Observer}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent | Observer] = {}
         self._desk = InquiryDesk(self._peers, self._tasks, self._output, python)
-        #: When the tasks in FENCING of an agent are decided, earliest first.
-        self._fences: list[tuple[float, list[Task], Agent]] = []
+        #: When the tasks in FENCING of an agent, or of those of another scheduler, are decided, earliest first.
+        self._fences: list[tuple[float, list[Task], Agent | None]] = []
         self._last_client_id = 0
         #: Why nothing is started any more, or None.
         self._closing: str | None = None
@@ -146,7 +149,8 @@ class SchedulerState:
             _, tasks, agent = self._fences.pop(0)
             for task in tasks:
                 self._tasks.step(task, "FENCE_DUE")
-            self._limits.agent_stopped(agent)
+            if agent is not None:
+                self._limits.agent_stopped(agent)
         if self._limits.is_due:
             self._limits.divide()
         if self._closing is not None:
@@ -281,9 +285,13 @@ class SchedulerState:
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
             if fenced:
                 # It may have been silent for long already; then it has stopped by now.
-                fence = (self._output.now + max(0.0, FENCE_S - unheard_s), fenced, peer)
-                bisect.insort(self._fences, fence, key=lambda fence: fence[0])
+                self._fence(FENCE_S - unheard_s, fenced, peer)
             self._check_broken()
+
+    def _fence(self, after_s: float, tasks: list[Task], agent: Agent | None) -> None:
+        """Decide about tasks when what may still run of them has been stopped."""
+        fence = (self._output.now + max(0.0, after_s), tasks, agent)
+        bisect.insort(self._fences, fence, key=lambda fence: fence[0])
 
     def _drain(self, reason: str) -> None:
         self._closing = reason
@@ -333,6 +341,8 @@ class SchedulerState:
         elif isinstance(message, TaskCancel):
             for no, cancel_no, kind in message.cancels:
                 self._cancel(client, no, cancel_no, kind)
+        elif isinstance(message, TasksAgain):
+            self._tasks.note_again(client, message.tasks)
         elif isinstance(message, InheritanceReplaced):
             message.client_id = client.client_id
             for agent in self._assignment.agents:
@@ -353,10 +363,13 @@ class SchedulerState:
         for function in message.functions:
             check_function(function)
             functions[function.function_id] = ReceivedFunction(function, functions.get)
+            if function.options.priority:
+                client.queue = with_priorities(client.queue)
         if len(functions) > MAX_CLIENT_FUNCTIONS:
             raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
         held_bytes = client.held_bytes
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
+        again, fenced = client.again, list[Task]()
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
                 raise RemoteProtocolError(f"task {no} of {items} items after item {last_no}")
@@ -369,12 +382,21 @@ class SchedulerState:
                 client.results.append((no, 0, items, kind, (client.broken or self._closing or "").encode()))
                 self._output.touched[client] = None
                 continue
-            task = tasks[base + no] = Task(base + no, client, no, 0, items, 0, used, payload)
+            task = Task(base + no, client, no, 0, items, 0, used, payload)
             if items > 1:
+                if used.function.options.timeout_s is not None:
+                    raise RemoteProtocolError(f"task {no} of {items} items has a timeout")
                 client.runs[no] = {task.task_id: task}
+            if again and no in again:
+                if not self._tasks.fence_again(task, fenced):
+                    continue  # its head is done, with which what it takes here would be let go
+            else:
+                tasks[base + no] = task
+                append(task)
             held_bytes += len(payload) + TASK_BYTES  # type: ignore[arg-type]
-            append(task)
         client.held_bytes = held_bytes
+        if fenced:
+            self._fence(FENCE_S, fenced, None)
         if self._max_client_bytes is not None and held_bytes > self._max_client_bytes and client not in self._held:
             self._held.append(client)
             self._output.instructions.append(Hold(client.peer, True))
@@ -410,7 +432,7 @@ class SchedulerState:
             task = by_id.get(task_id)
             if task is None or (seat := task.seat) is None or seat.agent is not agent or task.attempt != attempt:
                 self.stale += 1
-            elif kind and kind != ERROR:  # VALUE is 0
+            elif kind and kind != ERROR and kind != TIMED_OUT:  # VALUE is 0
                 raise RemoteProtocolError(f"result of kind {kind}, task {task_id}")
             else:
                 items += count

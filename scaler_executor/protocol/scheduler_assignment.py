@@ -14,6 +14,7 @@ from collections import deque
 from typing import Final
 
 from scaler_executor.protocol.functions import ReceivedFunction
+from scaler_executor.protocol.priorities import PriorityQueue
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import ASSIGNED, QUEUED, Agent, Client, Seat, Task
 
@@ -59,7 +60,9 @@ class Assignment:
                 continue
             stuck = 0
             turn = room if len(ready) == 1 else min(room, TURN_TASKS)
-            if len(self.agents) > 1:
+            if type(client.queue) is PriorityQueue:
+                turn = 1  # the room is that of the first one
+            elif len(self.agents) > 1:
                 turn = min(turn, max(1, seat.agent.workers if seat.quota is None else seat.quota))
             self._assign(seat, turn)
             if self._has_queued(client):
@@ -75,6 +78,8 @@ class Assignment:
         client = ready[0]
         seat = agent.seats.get(client)
         if seat is None or len(agent.seats) > 1 or len(ready) > 1 or agent.broken_for or client.max_running is not None:
+            return False
+        if type(client.queue) is PriorityQueue:
             return False
         if client.is_congested:
             return True
@@ -125,6 +130,9 @@ class Assignment:
         if capacity <= 0 or client.is_congested or (agent.broken_for and client.client_id in agent.broken_for):
             return 0
         room = capacity - agent.held
+        if type(client.queue) is PriorityQueue:
+            # What the agent holds of lower priority keeps nothing away that it is to start first.
+            room += client.queue.rank * agent.workers
         others = agent.clients_here - (seat.held > 0)
         if others:
             # Its part, whatever others have taken of it: they get nothing more until they are below theirs.

@@ -58,6 +58,7 @@ from scaler_executor.protocol.client import (
     Running,
     SchedulerLost,
     Send,
+    Stranded,
 )
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.machine import unreachable
@@ -83,10 +84,13 @@ from scaler_executor.runtime.functions import FunctionTable, KnownFunction, Prep
 from scaler_executor.runtime.namespace import Definition, MainDefinitions, Needs
 from scaler_executor.runtime.platform import FAULTS, Bell
 from scaler_executor.runtime.results import LOST
+from scaler_executor.runtime.terms import NO_OPTIONS, Terms, TermsTable
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 if TYPE_CHECKING:
     import socket
+
+    from scaler_executor.runtime.view import ClientView
 
 #: A TaskSubmit carries at most so many tasks: the scheduler starts on the first while the next is being encoded.
 TASKS_PER_MESSAGE: Final = 1000
@@ -109,6 +113,8 @@ class Cluster(Protocol):
     cancel_grace_s: float | None
     #: Callers wait while more than this could not be sent; None: they never do.
     max_unsent_bytes: int | None
+    #: Whether it may say that the scheduler is lost, and go on with another one.
+    may_be_renewed: bool
     #: Whether a client's thread waits for its end.
     has_owner: bool
 
@@ -131,6 +137,8 @@ class Run(Protocol):
     """The items of a map that were submitted together. Called by the I/O thread."""
 
     task_no: int
+    #: Of the view that it was submitted through, if any. Set under the client's lock.
+    terms: Terms | None
 
     @property
     def is_over(self) -> bool:
@@ -173,9 +181,10 @@ class ClientFutureManager:
     Args:
         cluster: Is started with the first call; the client waits for its end.
         cancel_timeout_s: How long `cancel()` waits by default, None for no limit.
+        options: Of its calls, where a view has no others.
     """
 
-    def __init__(self, cluster: Cluster, *, cancel_timeout_s: float | None) -> None:
+    def __init__(self, cluster: Cluster, *, cancel_timeout_s: float | None, options: Options = NO_OPTIONS) -> None:
         self.cancel_timeout_s = cancel_timeout_s
         self._main = main = cluster.main
         self.pickler = pickler = CallPickler(main)
@@ -190,7 +199,12 @@ class ClientFutureManager:
         self._start_lock = threading.RLock()
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
-        self._functions = FunctionTable(pickler, main, options=Options(cancel_grace_s=cluster.cancel_grace_s))
+        self._functions = FunctionTable(pickler, main)
+        self._terms_table = TermsTable()
+        if cluster.cancel_grace_s is not None:
+            options = msgspec.structs.replace(options, cancel_grace_s=cluster.cancel_grace_s)
+        #: What holds for calls that come without a view.
+        self.terms = self._terms_table.make(options)
         #: Ids that have not been forgotten. Under `_lock`.
         self._live_functions: set[int] = set()
         #: Under `_lock`.
@@ -215,7 +229,7 @@ class ClientFutureManager:
 
         #: Held by whoever uses the socket, the encoders or `_state`.
         self._io_lock = threading.RLock()
-        self._state = ClientState()
+        self._state = ClientState(may_lose_scheduler=cluster.may_be_renewed)
         self._encoder = Encoder()
         self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage)
         self._reader = StreamReader(cluster.socket)
@@ -314,25 +328,32 @@ class ClientFutureManager:
         if self._close_asked:
             self._ring()  # see `_tell_close`
 
-    def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
-        """Pickle and queue a call. What does not pickle is set on the future.
+    def submit(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None
+    ) -> ScalerFuture[Any]:
+        """Pickle and queue a call. What does not pickle is set on the future. `terms` are those of a view.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
         if self._is_full:
             self._await_room()
-        known = self._functions.find_call(function)
+        if terms is None:
+            terms = self.terms
+        known = self._functions.find_call(function, terms)
         if known is not None:
             payload = self._dumps_small((args, kwargs))
             if payload is not None:
-                future = self._submit_known(known, payload)
+                future = self._submit_known(known, payload, terms)
                 if future is not None:
                     return future
-        return self._submit_any(function, args, kwargs)
+        return self._submit_any(function, args, kwargs, terms)
 
-    def _submit_any(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+    def _submit_any(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms
+    ) -> ScalerFuture[Any]:
         """Submit what is not a small call of a function that is known already."""
+        self.check_terms(terms)
         self.start()
         try:
             prepared = self._functions.prepare(function, CallStyle.CALL)
@@ -345,9 +366,13 @@ class ClientFutureManager:
         while True:
             with self._lock:
                 if needs.generation == self._main.generation:
-                    function_id = self._register(prepared, needs)
+                    self.check_terms(terms)
+                    function_id = self._register(prepared, needs, terms)
                     no = self._take_numbers(1)
-                    future = self._futures[no] = make_future(self, no, prepared.name)
+                    future = make_future(self, no, terms.name or prepared.name)
+                    if terms.parent is not None:
+                        future._terms = terms
+                    self._futures[no] = future
                     self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
                     break
             needs = self._main.needs(names)  # what workers inherited was lost meanwhile
@@ -356,7 +381,14 @@ class ClientFutureManager:
         return future
 
     def submit_run(
-        self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
+        self,
+        prepared: PreparedFunction,
+        needs: Needs,
+        function_id: int,
+        items: int,
+        payload: Payload,
+        run: Run,
+        terms: Terms | None = None,
     ) -> int | None:
         """Queue a run and number it. Return the function's id, for the next run of the same map.
 
@@ -369,6 +401,7 @@ class ClientFutureManager:
             items: Number of items in the payload.
             payload: From `CallPickler.dumps_run`.
             run: Is told what becomes of the items.
+            terms: Of a view.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
@@ -378,8 +411,11 @@ class ClientFutureManager:
         with self._lock:
             if needs.generation != self._main.generation:
                 return None
+            run.terms = terms
+            terms = terms or self.terms
+            self.check_terms(terms)
             if function_id not in self._live_functions:
-                function_id = self._register(prepared, needs)
+                function_id = self._register(prepared, needs, terms)
             no = run.task_no = self._take_numbers(items)
             self._runs[no] = run
             self._batch.tasks.append((no, items, function_id, payload))  # type: ignore[arg-type]
@@ -446,8 +482,8 @@ class ClientFutureManager:
         if tasks and self._refusal is not _refuse_child:
             self.ask_cancel([(no, CancelKind.SOFT) for no in tasks])
 
-    def take_back_all(self, max_workers: int) -> None:
-        """Cancel what has not started, without waiting.
+    def take_back_all(self, max_workers: int, terms: Terms | None = None) -> None:
+        """Cancel what has not started, without waiting; of a view with these terms, if given.
 
         ProcessPoolExecutor's first calls have started as soon as they are submitted; here the workers may be on their
         way still. So as long as nothing has started, the first `max_workers` calls count as running.
@@ -455,6 +491,10 @@ class ClientFutureManager:
         with self._lock:
             calls = sorted(self._futures)
             tasks = [*(calls if self._has_begun else calls[max_workers:]), *self._runs]
+            if terms is not None:
+                futures, runs = self.get_outstanding(terms)
+                own = {future._task_no for future in futures} | {run.task_no for run in runs}
+                tasks = [no for no in tasks if no in own]
         self.take_back(tasks)
 
     def clear(self, timeout: float | DefaultTimeout | None) -> None:
@@ -466,6 +506,51 @@ class ClientFutureManager:
         if runs:
             self.ask_cancel([(run.task_no, CancelKind.FORCED) for run in runs])
         cancel_all(futures, timeout, force=True, others=[(self, run.over) for run in runs])
+
+    # For views
+
+    def view(self, options: Options, name: str | None, owner: object) -> ClientView:
+        """Return a view whose calls have these options. It keeps `owner`, this client's executor."""
+        from scaler_executor.runtime.view import ClientView
+
+        return ClientView(self, self.make_terms(options, name, self.terms), owner)
+
+    def make_terms(self, options: Options, name: str | None, parent: Terms) -> Terms:
+        """Return the terms of another view."""
+        with self._lock:
+            return self._terms_table.make(options, name, parent)
+
+    def check_terms(self, terms: Terms) -> None:
+        """Raise RuntimeError if a view takes no more calls."""
+        if terms.are_closed:
+            raise _refuse_after_shutdown()
+
+    def close_terms(self, terms: Terms) -> None:
+        """Have a view take no more calls."""
+        if self._refusal is not _refuse_child:
+            with self._lock:
+                terms.is_closed = True
+
+    def get_outstanding(self, terms: Terms) -> tuple[list[ScalerFuture[Any]], list[Run]]:
+        """Return the calls of a view, and of the views of it, that have no final answer."""
+        with self._lock:
+            futures = [
+                future
+                for future in self._futures.values()
+                if (its := getattr(future, "_terms", None)) is not None and its.are_within(terms)
+            ]
+            runs = [run for run in self._runs.values() if run.terms is not None and run.terms.are_within(terms)]
+        return futures, runs
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new calls are refused for good."""
+        return self._close_asked
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether this process is a fork of the client's."""
+        return self._refusal is _refuse_child
 
     def close(self) -> None:
         """Accept no more calls; when the last one is answered everything ends. Never waits."""
@@ -539,7 +624,7 @@ class ClientFutureManager:
             except OSError:
                 pass  # the fork came while the parent was closing them
 
-    def _submit_known(self, known: KnownFunction, payload: bytes) -> ScalerFuture[Any] | None:
+    def _submit_known(self, known: KnownFunction, payload: bytes, terms: Terms) -> ScalerFuture[Any] | None:
         """Queue a small call of a function that the scheduler knows; return None if it has been forgotten."""
         future: ScalerFuture[Any] = ScalerFuture()
         future._owner = self
@@ -551,6 +636,9 @@ class ClientFutureManager:
                     raise self._refusal()
                 if not known.is_known:
                     return None
+                if terms.parent is not None:
+                    self.check_terms(terms)
+                    future._terms = terms
                 no = self._last_no = self._last_no + 1
                 future._task_no = no
                 row = (no, 1, known.function_id, payload)
@@ -585,9 +673,9 @@ class ClientFutureManager:
         except OSError:
             pass  # the socket is full, or the scheduler gone: the I/O thread goes on from here
 
-    def _register(self, prepared: PreparedFunction, needs: Needs) -> int:
+    def _register(self, prepared: PreparedFunction, needs: Needs, terms: Terms) -> int:
         """Return the function's id; queue what is new. Under `_lock`, until the call is queued."""
-        function_id, messages, forgotten = self._functions.register(prepared, needs)
+        function_id, messages, forgotten = self._functions.register(prepared, needs, terms)
         if messages:
             self._batch.functions += messages
             self._live_functions.add(function_id)
@@ -807,7 +895,7 @@ class ClientFutureManager:
             elif isinstance(instruction, Lost):
                 self._on_lost(instruction.tasks, instruction.reason)
             elif isinstance(instruction, Renewed):
-                self._on_renewed(instruction.reason)
+                self._on_renewed()
             elif isinstance(instruction, Broken):
                 self._on_broken(instruction.reason)
             elif isinstance(instruction, Disinherited):
@@ -871,18 +959,17 @@ class ClientFutureManager:
                 elif run is not None:
                     run.set_items_ready(REST, 0, LOST, reason)
 
-    def _on_renewed(self, reason: str) -> None:
+    def _on_renewed(self) -> None:
         """Begin anew with a scheduler that knows no function."""
         with self._lock:
-            lost = [row[0] for row in self._batch.tasks]
-            self._batch = Batch()
+            batch, self._batch = self._batch, Batch()
             self._functions.forget_all()
             self._live_functions.clear()
-        self._on_lost(lost, reason)
         self._outgoing.clear()
         self._outgoing_bytes = 0
         self._outgoing.append(self._hello)
         self._is_welcome = False
+        self._handle(Stranded(batch))
 
     def _on_broken(self, reason: str) -> None:
         self._refuse(lambda: _make_start_error(reason))
@@ -1021,8 +1108,8 @@ def _make_start_error(reason: str) -> Exception:
 _MANAGERS: Final[dict[int, ClientFutureManager]] = {}
 
 
-def wait_until_ended(manager: ClientFutureManager, *, interrupted: bool) -> None:
-    """Wait for the end of a closed client. The first Ctrl-C stops all calls, the second kills the cluster at once.
+def wait_until_ended(manager: ClientFutureManager | ClientView, *, interrupted: bool) -> None:
+    """Wait for the end of a closed client or view. The first Ctrl-C stops its calls, the second kills the cluster.
 
     Args:
         interrupted: The first one has been already.

@@ -116,6 +116,7 @@ class EmbeddedCluster:
         #: Serve knows it for all.
         self.cancel_grace_s: float | None = None
         self.max_unsent_bytes: int | None = None
+        self.may_be_renewed = False
         self._forker_pid: int | None = None
         #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
         self._lock = threading.RLock()

@@ -63,6 +63,7 @@ class RemoteCluster:
         self._initargs = initargs
         self.cancel_grace_s: float | None = cancel_grace_s
         self.max_unsent_bytes: int | None = MAX_UNSENT_BYTES
+        self.may_be_renewed = True
         #: See `cluster.EmbeddedCluster`.
         self.has_owner = False
         self.death_fd = -1
