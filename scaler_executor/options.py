@@ -55,8 +55,8 @@ def check_seconds(what: str, value: Any, *, zero: bool, none: str = "") -> float
     except OverflowError:
         seconds = math.inf
     if not (seconds >= 0 if zero else seconds > 0) or seconds == math.inf:
-        bound = "finite and >= 0" if zero else "finite and > 0"
-        raise ValueError(f"{what} must be {bound} seconds{other}, not {value!r}")
+        bound = ">= 0" if zero else "> 0"
+        raise ValueError(f"{what} must be {bound}, a finite number of seconds{other}, not {value!r}")
     return seconds
 
 

@@ -283,15 +283,14 @@ class SchedulerState:
             fenced: list[Task] = []
             for task in [task for task in self._tasks.by_id.values() if task.agent is peer]:
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
-            if fenced:
-                # It may have been silent for long already; then it has stopped by now.
-                self._fence(FENCE_S - unheard_s, fenced, peer)
+            # It may have been silent for long already; then it has stopped by now.
+            self._fence(FENCE_S - unheard_s, fenced, peer)
             self._check_broken()
 
     def _fence(self, after_s: float, tasks: list[Task], agent: Agent | None) -> None:
-        """Decide about tasks when what may still run of them has been stopped."""
-        fence = (self._output.now + max(0.0, after_s), tasks, agent)
-        bisect.insort(self._fences, fence, key=lambda fence: fence[0])
+        if tasks:
+            fence = self._output.now + max(0.0, after_s), tasks, agent
+            bisect.insort(self._fences, fence, key=lambda fence: fence[0])
 
     def _drain(self, reason: str) -> None:
         self._closing = reason
@@ -369,7 +368,7 @@ class SchedulerState:
             raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
         held_bytes = client.held_bytes
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
-        again, fenced = client.again, list[Task]()
+        fenced: list[Task] = []
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
                 raise RemoteProtocolError(f"task {no} of {items} items after item {last_no}")
@@ -387,7 +386,7 @@ class SchedulerState:
                 if used.function.options.timeout_s is not None:
                     raise RemoteProtocolError(f"task {no} of {items} items has a timeout")
                 client.runs[no] = {task.task_id: task}
-            if again and no in again:
+            if client.again and no in client.again:
                 if not self._tasks.fence_again(task, fenced):
                     continue  # its head is done, with which what it takes here would be let go
             else:
@@ -395,8 +394,7 @@ class SchedulerState:
                 append(task)
             held_bytes += len(payload) + TASK_BYTES  # type: ignore[arg-type]
         client.held_bytes = held_bytes
-        if fenced:
-            self._fence(FENCE_S, fenced, None)
+        self._fence(FENCE_S, fenced, None)
         if self._max_client_bytes is not None and held_bytes > self._max_client_bytes and client not in self._held:
             self._held.append(client)
             self._output.instructions.append(Hold(client.peer, True))
