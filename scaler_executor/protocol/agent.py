@@ -88,9 +88,9 @@ class AgentState:
         self._crew = Crew(max_workers, max_items_per_worker)
         self._inheritance = Inheritance(self._output)
         self._hiring = Hiring(self._crew, self._inheritance, self._output)
-        self._calls = AgentCalls(self._crew, self._hiring, self._output, cancel_grace_s)
+        self._timeouts = Timeouts(self._output)
+        self._calls = AgentCalls(self._crew, self._hiring, self._timeouts, self._output, cancel_grace_s)
         self._dispatch = Dispatch(self._crew, self._hiring, self._inheritance, self._calls, self._output)
-        self._timeouts = Timeouts(self._calls, self._output)
         self._reader = RecordReader(self._crew, self._hiring, self._calls, self._timeouts, self._output)
         #: {(client_id, function_id): AgentFunction}
         self._functions: dict[tuple[int, int], AgentFunction] = {}
@@ -434,7 +434,9 @@ class AgentState:
             for call in [call for call in calls.stopping.values() if call.grace_due <= now]:
                 calls.step(call, "GRACE_DUE")
         if self._timeouts.running:
-            self._timeouts.expire()
+            for call in self._timeouts.take_due():
+                if call.state == "RUNNING":  # else it is over, or being stopped already
+                    calls.step(call, "TIMEOUT")
         if dispatch.look_at is not None and dispatch.look_at <= now:
             dispatch.look_at = None
             dispatch.look()

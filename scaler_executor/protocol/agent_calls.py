@@ -25,6 +25,7 @@ from scaler_executor.protocol.agent_crew import Call, CallState, Crew, Worker
 from scaler_executor.protocol.agent_events import Interrupt, Kill
 from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_output import AgentOutput
+from scaler_executor.protocol.agent_timeouts import Timeouts
 from scaler_executor.protocol.machine import Story, forbidden, ignore
 from scaler_executor.protocol.messages import CancelKind, DeathReport, ResultKind, TaskCancelConfirmType
 
@@ -45,9 +46,12 @@ FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
 class AgentCalls:
     """All calls of one agent."""
 
-    def __init__(self, crew: Crew, hiring: Hiring, output: AgentOutput, cancel_grace_s: float) -> None:
+    def __init__(
+        self, crew: Crew, hiring: Hiring, timeouts: Timeouts, output: AgentOutput, cancel_grace_s: float
+    ) -> None:
         self._crew = crew
         self._hiring = hiring
+        self._timeouts = timeouts
         self._output = output
         self._cancel_grace_s = cancel_grace_s
         #: {task_id: Call}: every task that the scheduler believes is here.
@@ -184,6 +188,7 @@ class AgentCalls:
             self._not_started(call)
             return
         call.state = "RUNNING"
+        self._timeouts.seen_running(call)
         if call.cancel_no and call.kind is CancelKind.FORCED:
             if at < call.items:
                 # It was a recall when the freeze was sent, and its worker will not come to these any more.
@@ -236,6 +241,7 @@ class AgentCalls:
     def _stuck(self, call: Call) -> None:
         call.state = "HELD"
         if call.cancel_no == EXPIRED:
+            self._kill_unwound(call)
             self._timed_out(call, ", and its worker cannot be stopped")
         elif call.cancel_no == FENCED:
             call.cancel_no = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from scaler_executor.protocol.agent_calls import AgentCalls
 from scaler_executor.protocol.agent_crew import Call
 from scaler_executor.protocol.agent_output import AgentOutput
 
@@ -19,14 +18,13 @@ MAX_TIMEOUT_S: Final = 1e9
 class Timeouts:
     """The timeouts of the calls that run at one agent."""
 
-    def __init__(self, calls: AgentCalls, output: AgentOutput) -> None:
-        self._calls = calls
+    def __init__(self, output: AgentOutput) -> None:
         self._output = output
         #: {worker_id: the call with a timeout that was last seen running there}; it may be over by now.
         self.running: dict[int, Call] = {}
 
     def deadlines(self) -> list[float]:
-        """Return when `expire` may have something to do."""
+        """Return when `take_due` may find something."""
         return [call.timeout_due for call in self.running.values()]
 
     def seen_running(self, call: Call) -> None:
@@ -37,13 +35,12 @@ class Timeouts:
             call.timeout_due = self._output.now + timeout_s
             self.running[call.worker.worker_id] = call
 
-    def expire(self) -> None:
-        """Stop the calls that have run for as long as they may."""
-        for worker_id, call in list(self.running.items()):
-            if call.timeout_due <= self._output.now:
-                del self.running[worker_id]
-                if call.state == "RUNNING":
-                    self._calls.step(call, "TIMEOUT")
+    def take_due(self) -> list[Call]:
+        """Return the calls that have run for as long as they may, once."""
+        due = [(worker_id, call) for worker_id, call in self.running.items() if call.timeout_due <= self._output.now]
+        for worker_id, _ in due:
+            del self.running[worker_id]
+        return [call for _, call in due]
 
     def exited(self, worker_id: int) -> None:
         """The worker is gone."""

@@ -180,6 +180,15 @@ def test_expired_call_whose_worker_cannot_be_killed():
     assert state.on(exited()) == []
 
 
+def test_expired_call_whose_worker_does_not_stand_still():
+    """A worker that cannot be frozen is killed, for nothing is wanted of it any more."""
+    state = expired()
+    state.tick(GRACE_S)
+    out = state.on(Frozen(1, 1, 0, 0, stuck=True))
+    assert Kill(1) in out and timed_out(how=", and its worker cannot be stopped") in out
+    assert state.on(exited()) == []
+
+
 def test_result_before_the_stop_counts():
     """A call that finishes before it could be stopped keeps its result."""
     state = expired()
@@ -244,6 +253,14 @@ def test_expired_call_unwinds_after_a_freeze_found_it_over():
     state.on(Frozen(1, 1, 1, 0))
     assert state.records((RECORD_UNWOUND, 1, 0, b"")) == [Kill(1)]
     assert state.on(exited(1, 1)) == [timed_out()]
+
+
+def test_time_of_a_call_that_a_freeze_has_found():
+    """Also the time of a call counts that is not seen running but found so, when somebody wanted it back."""
+    state = agent()
+    assert state.cancel(1, 7, SOFT) == [Freeze(1, 0, [1], 0)]
+    state.on(Frozen(1, 1, 0, 0))
+    assert Interrupt(1, 1) in state.tick(TIMEOUT_S)
 
 
 # The scheduler
@@ -544,6 +561,16 @@ def test_calls_of_another_scheduler_are_fenced():
     (out,) = state.got(AGENT, TaskDied([(BASE + 1, 2, REPORT)]))
     report = priorities_report(out.message.results[0][4])
     assert (report.attempt, report.earlier) == (2, [EarlierDeath("the scheduler that had it was lost", attempt=1)])
+
+
+def test_calls_of_another_scheduler_without_retries_left():
+    """What has no retries left has been made for the last time."""
+    state = scheduler()
+    state.got(CLIENT, TasksAgain([(1, 1, [])]))
+    state.got(CLIENT, TaskSubmit([(1, 1, 1, b"p1")], [RETRIED]))
+    (out,) = state.tick(FENCE_S)
+    assert out.message.results[0][3] == ResultKind.DIED
+    assert state.outstanding == 0
 
 
 def test_done_items_are_not_done_again():
