@@ -388,7 +388,7 @@ class Run(Cluster):
                 sim = agent.workers.get(worker.worker_id)
                 stopping = head.state in ("STOPPING_SOFT", "FREEZING", "KILLING")
                 # Another client's idle worker is kept for it for a while.
-                idle = [0.0 if w.client is worker.client else w.idle_since + SLICE_S for w in crew.idle.values()]
+                idle = [w.idle_since + SLICE_S * (w.client is not worker.client) for w in crew.idle.values()]
                 stopping = stopping or crew.is_full(worker.client)
                 if not idle or stopping or sim is None or sim.dead or sim.killed or sim.stuck or sim.frozen:
                     since.pop(key, None)
