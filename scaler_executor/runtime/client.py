@@ -205,6 +205,7 @@ class ClientFutureManager:
             options = msgspec.structs.replace(options, cancel_grace_s=cluster.cancel_grace_s)
         #: What holds for calls that come without a view.
         self.terms = self._terms_table.make(options)
+        self._calls = self.terms.calls
         #: Ids that have not been forgotten. Under `_lock`.
         self._live_functions: set[int] = set()
         #: Under `_lock`.
@@ -328,19 +329,30 @@ class ClientFutureManager:
         if self._close_asked:
             self._ring()  # see `_tell_close`
 
-    def submit(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None
-    ) -> ScalerFuture[Any]:
-        """Pickle and queue a call. What does not pickle is set on the future. `terms` are those of a view.
+    def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+        """Pickle and queue a call. What does not pickle is set on the future.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
         if self._is_full:
             self._await_room()
-        if terms is None:
-            terms = self.terms
-        known = self._functions.find_call(function, terms)
+        known = self._functions.find_call(function, self._calls)
+        if known is not None:
+            payload = self._dumps_small((args, kwargs))
+            if payload is not None:
+                future = self._submit_known(known, payload)
+                if future is not None:
+                    return future
+        return self._submit_any(function, args, kwargs, self.terms)
+
+    def submit_through(
+        self, terms: Terms, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ScalerFuture[Any]:
+        """As `submit`, through the view with these terms."""
+        if self._is_full:
+            self._await_room()
+        known = self._functions.find_call(function, terms.calls)
         if known is not None:
             payload = self._dumps_small((args, kwargs))
             if payload is not None:
@@ -624,8 +636,11 @@ class ClientFutureManager:
             except OSError:
                 pass  # the fork came while the parent was closing them
 
-    def _submit_known(self, known: KnownFunction, payload: bytes, terms: Terms) -> ScalerFuture[Any] | None:
-        """Queue a small call of a function that the scheduler knows; return None if it has been forgotten."""
+    def _submit_known(
+        self, known: KnownFunction, payload: bytes, terms: Terms | None = None
+    ) -> ScalerFuture[Any] | None:
+        """Queue a small call of a function that the scheduler knows; return None if it has been forgotten. `terms` are
+        those of a view."""
         future: ScalerFuture[Any] = ScalerFuture()
         future._owner = self
         future._call_name = known.name
@@ -636,7 +651,7 @@ class ClientFutureManager:
                     raise self._refusal()
                 if not known.is_known:
                     return None
-                if terms.parent is not None:
+                if terms is not None:
                     self.check_terms(terms)
                     future._terms = terms
                 no = self._last_no = self._last_no + 1

@@ -113,11 +113,11 @@ class FunctionTable:
         """Have workers do this before the first call, see `worker.Setup`."""
         self._setup = payload
 
-    def find_call(self, function: Any, terms: Terms = NO_TERMS) -> KnownFunction | None:
-        """Return the entry of a function of style CALL that is known by identity. Needs no lock, but then `is_known`
+    def find_call(self, function: Any, calls: KnownCalls) -> KnownFunction | None:
+        """Return the one of `calls` that is this function, which is found by name. Needs no lock, but then `is_known`
         has
         to be looked at once more under the lock."""
-        entry: KnownFunction | None = terms.calls.get(id(function))
+        entry: KnownFunction | None = calls.get(id(function))
         if entry is None or not entry.is_current() or not self._main.are_current(entry.needs):
             return None
         entry.was_used = True

@@ -423,10 +423,7 @@ class Cluster:
         if not isinstance(queue, PriorityQueue):
             return
         left = [item for item in queue if item.state == "QUEUED"]
-        if not left:
-            return
-        priority, most = priority_of(given), max(map(priority_of, left))
-        oldest = min(left, key=lambda item: item.task_id)
+        priority, most = priority_of(given), max(map(priority_of, left), default=-(1 << 60))
         key = (where, given.client.client_id)
         if priority >= most:
             self.taken[key] += 1
@@ -434,10 +431,13 @@ class Cluster:
             # It has waited for longer. Not longest: what is put back stands in front of its equals.
             taken = self.taken.pop(key, 0)
             assert taken >= priorities.OVERTAKES, f"task {given.task_id} is taken before one of priority {most}"
+        self.overtaken.pop((where, given.task_id), None)
+        oldest = min(left, key=lambda item: item.task_id, default=given)
         if oldest.task_id < given.task_id and priority_of(oldest) < priority:
             self.overtaken[where, oldest.task_id] += 1
             count = self.overtaken[where, oldest.task_id]
-            most = (priorities.OVERTAKES + 1) * (len(left) + 2)
+            # In front of it there may be as many as there are, and each is the oldest in its turn.
+            most = (priorities.OVERTAKES + 1) * (len(left) + 10)
             assert count <= most, f"task {oldest.task_id} was overtaken {count} times"
 
     def send(self, key: Key, message: Any) -> None:
@@ -471,8 +471,9 @@ class Cluster:
         elif isinstance(instruction, agents.Start):
             worker = agent.workers[instruction.worker_id]
             held = agent.state._crew.workers[instruction.worker_id].held
+            given = {row[0] for row in instruction.message.calls}
             for call in held:
-                if call.seq >= instruction.message.calls[0][0]:
+                if call.seq in given:
                     self._check_order(("agent", index), call, call.client.queue)
             for row in instruction.message.calls:
                 worker.page[slot(row[0])] = row[0]
