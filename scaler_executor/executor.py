@@ -324,7 +324,7 @@ class ScalerExecutor(Executor):
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         """As `Executor.__exit__`; after a KeyboardInterrupt all calls are stopped, at a second one killed."""
-        from scaler_executor.runtime.client import wait_until_ended
+        from scaler_executor.runtime.ending import wait_until_ended
 
         if getattr(self.shutdown, "__func__", None) is not ScalerExecutor.shutdown:
             # A subclass's, say, which has something of its own to end. It may submit calls still, unless all is over.

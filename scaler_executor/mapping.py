@@ -125,7 +125,7 @@ class MapRun:
         self.items = items
         #: Its number at the scheduler, set when it is submitted.
         self.task_no = 0
-        #: See `client.Run`.
+        #: See `interfaces.Run`.
         self.terms: Terms | None = None
         #: Items without an answer. Written by the I/O thread.
         self._left = items

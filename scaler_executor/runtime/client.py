@@ -20,30 +20,26 @@ must learn of that call in any case, and exactly once, even if Ctrl-C hits anywh
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scaler_executor.defaults import DefaultTimeout
-from scaler_executor.future import CancelOutcome, ScalerFuture, cancel_all, make_future
+from scaler_executor.future import ScalerFuture, cancel_all, make_future
 from scaler_executor.protocol.client import (
-    REST,
     Batch,
     Broken,
     Cancelled,
     CancelRefused,
-    Cause,
     ClientState,
     CloseAsked,
     Closed,
@@ -65,14 +61,10 @@ from scaler_executor.protocol.machine import unreachable
 from scaler_executor.protocol.messages import (
     CallStyle,
     CancelKind,
-    ClientResultRow,
-    DeathReport,
     Function,
     Hello,
-    Message,
     Options,
     Payload,
-    ResultKind,
     TaskRow,
     TaskSubmit,
     ToClientMessage,
@@ -80,81 +72,31 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
+from scaler_executor.runtime.ending import MANAGERS
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
-from scaler_executor.runtime.namespace import Definition, MainDefinitions, Needs
+from scaler_executor.runtime.interfaces import Cluster, Run
+from scaler_executor.runtime.namespace import Definition, Needs
+from scaler_executor.runtime.outbox import Outbox
+from scaler_executor.runtime.outstanding import Outstanding
 from scaler_executor.runtime.platform import FAULTS, Bell
-from scaler_executor.runtime.results import LOST
+from scaler_executor.runtime.refusals import (
+    make_lost_error,
+    make_start_error,
+    refuse_after_shutdown,
+    refuse_at_exit,
+    refuse_child,
+)
 from scaler_executor.runtime.terms import NO_OPTIONS, Terms, TermsTable
-from scaler_executor.runtime.transport import StreamReader, StreamWriter
+from scaler_executor.runtime.transport import StreamReader
 
 if TYPE_CHECKING:
-    import socket
-
     from scaler_executor.runtime.view import ClientView
 
-#: A TaskSubmit carries at most so many tasks: the scheduler starts on the first while the next is being encoded.
-TASKS_PER_MESSAGE: Final = 1000
-#: After so many messages the I/O thread looks for answers before it sends more.
-MESSAGES_PER_TURN: Final = 16
 #: A caller writes its call itself up to this size.
 DIRECT_BYTES: Final = 1 << 14
 #: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
 #: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
-
-
-class Cluster(Protocol):
-    """What the client needs of the processes that it owns."""
-
-    socket: socket.socket
-    death_fd: int
-    main: MainDefinitions
-    #: For each function, where it is not the cluster's own.
-    cancel_grace_s: float | None
-    #: Callers wait while more than this could not be sent; None: they never do.
-    max_unsent_bytes: int | None
-    #: Whether it may say that the scheduler is lost, and go on with another one.
-    may_be_renewed: bool
-    #: Whether a client's thread waits for its end.
-    has_owner: bool
-
-    def start(self) -> Payload | None:
-        """Have workers started from now on. Called once, unless it raises. Return what they do before the first call,
-        see `worker.Setup`, if they do not know."""
-
-    def join(self) -> str:
-        """Wait until the processes are gone, release everything, return how they ended."""
-        ...
-
-    def kill(self) -> None:
-        """Kill the processes."""
-
-    def close(self) -> None:
-        """Close the descriptors, nothing else."""
-
-
-class Run(Protocol):
-    """The items of a map that were submitted together. Called by the I/O thread."""
-
-    task_no: int
-    #: Of the view that it was submitted through, if any. Set under the client's lock.
-    terms: Terms | None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether each item has a result or is cancelled."""
-        ...
-
-    @property
-    def over(self) -> threading.Event:
-        """Is set when the run is over."""
-        ...
-
-    def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
-        """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
-
-    def set_items_cancelled(self, first: int, count: int) -> None:
-        """Note that these items end cancelled; `first` as above."""
 
 
 class _Direct:
@@ -217,33 +159,26 @@ class ClientFutureManager:
         self._direct: _Direct | None = None
         #: {no: future}, {no: run}: everything that has no final answer. Added to under `_lock`, removed from by the I/O
         #: thread.
-        self._futures: dict[int, ScalerFuture[Any]] = {}
-        self._runs: dict[int, Run] = {}
+        self._outstanding = Outstanding()
+        self._futures, self._runs = self._outstanding.futures, self._outstanding.runs
         self._close_asked = False
         self._is_exiting = False
-        #: Whether any call is known to have started.
-        self._has_begun = False
-        #: Whether the user has killed the workers: then calls end with that, and not with the loss of the scheduler.
-        self._is_killed = False
         #: Whether the I/O thread has ended and the bell is gone. Under `_lock`.
         self._has_ended = False
 
         #: Held by whoever uses the socket, the encoders or `_state`.
         self._io_lock = threading.RLock()
         self._state = ClientState(may_lose_scheduler=cluster.may_be_renewed)
-        self._encoder = Encoder()
+        self._outbox = Outbox(cluster.socket, counts=cluster.max_unsent_bytes is not None)
         self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage)
         self._reader = StreamReader(cluster.socket)
-        self._writer = StreamWriter(cluster.socket)
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])
-        self._outgoing: deque[Message] = deque([self._hello])
-        #: Where they are limited: bytes of payload in `_outgoing`, whether callers wait, and for what. Changed by the
-        #: I/O thread.
-        self._outgoing_bytes = 0
+        self._outbox.queue(self._hello)
+        #: Where unsent bytes are limited: whether callers wait, and for what. Changed by the I/O thread.
         self._is_full = False
         self._has_room = threading.Event()
-        #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outgoing` or `_writer`.
+        #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outbox`.
         self._is_direct_possible = False
         self._is_welcome = False
         #: The state has said Bye, or knows that the scheduler is lost: it takes no more events.
@@ -275,11 +210,11 @@ class ClientFutureManager:
         try:
             self._thread.start()
             cluster.has_owner = True
-            _MANAGERS[id(self)] = self
+            MANAGERS[id(self)] = self
         except BaseException:
             self._bell.close()
             if exiting.has_begun():
-                raise _refuse_at_exit() from None  # no thread can be started any more
+                raise refuse_at_exit() from None  # no thread can be started any more
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -300,8 +235,8 @@ class ClientFutureManager:
 
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child."""
-        if self._refusal is _refuse_child:
-            raise _refuse_child()
+        if self._refusal is refuse_child:
+            raise refuse_child()
 
     def check_open(self) -> None:
         """Raise what a new call would raise."""
@@ -491,7 +426,7 @@ class ClientFutureManager:
 
     def take_back(self, tasks: list[int]) -> None:
         """Cancel what has not started of these tasks, without waiting. What runs, completes."""
-        if tasks and self._refusal is not _refuse_child:
+        if tasks and self._refusal is not refuse_child:
             self.ask_cancel([(no, CancelKind.SOFT) for no in tasks])
 
     def take_back_all(self, max_workers: int, terms: Terms | None = None) -> None:
@@ -502,7 +437,7 @@ class ClientFutureManager:
         """
         with self._lock:
             calls = sorted(self._futures)
-            tasks = [*(calls if self._has_begun else calls[max_workers:]), *self._runs]
+            tasks = [*(calls if self._outstanding.has_begun else calls[max_workers:]), *self._runs]
             if terms is not None:
                 futures, runs = self.get_outstanding(terms)
                 own = {future._task_no for future in futures} | {run.task_no for run in runs}
@@ -535,24 +470,18 @@ class ClientFutureManager:
     def check_terms(self, terms: Terms) -> None:
         """Raise RuntimeError if a view takes no more calls."""
         if terms.are_closed:
-            raise _refuse_after_shutdown()
+            raise refuse_after_shutdown()
 
     def close_terms(self, terms: Terms) -> None:
         """Have a view take no more calls."""
-        if self._refusal is not _refuse_child:
+        if self._refusal is not refuse_child:
             with self._lock:
                 terms.is_closed = True
 
     def get_outstanding(self, terms: Terms) -> tuple[list[ScalerFuture[Any]], list[Run]]:
         """Return the calls of a view, and of the views of it, that have no final answer."""
         with self._lock:
-            futures = [
-                future
-                for future in self._futures.values()
-                if (its := getattr(future, "_terms", None)) is not None and its.are_within(terms)
-            ]
-            runs = [run for run in self._runs.values() if run.terms is not None and run.terms.are_within(terms)]
-        return futures, runs
+            return self._outstanding.of_view(terms)
 
     @property
     def is_closing(self) -> bool:
@@ -562,21 +491,21 @@ class ClientFutureManager:
     @property
     def is_abandoned(self) -> bool:
         """Whether this process is a fork of the client's."""
-        return self._refusal is _refuse_child
+        return self._refusal is refuse_child
 
     def close(self) -> None:
         """Accept no more calls; when the last one is answered everything ends. Never waits."""
         with self._lock:
-            if self._refusal is _refuse_child:
+            if self._refusal is refuse_child:
                 return
             if self._refusal is None:
-                self._refusal = _refuse_after_shutdown
+                self._refusal = refuse_after_shutdown
             self._close_asked = True
         self._ring()
 
     def join(self) -> None:
         """Wait until everything has ended, callbacks included, but not for the thread that asks."""
-        if self._refusal is _refuse_child:
+        if self._refusal is refuse_child:
             return  # the threads are the parent's
         if self._is_starting and self._start_lock._is_owned():  # type: ignore[attr-defined]
             return  # a signal handler in the middle of the first call: nothing ends before it returns
@@ -598,7 +527,7 @@ class ClientFutureManager:
     def join_soon(self) -> None:
         """Wait as `join` does, but kill the workers that do not end when all calls are over: those that are still in
         their initializer, or wait for threads that a call has left."""
-        if self._refusal is not _refuse_child and self._thread is not threading.current_thread():
+        if self._refusal is not refuse_child and self._thread is not threading.current_thread():
             self._is_over.wait()
             if not self._has_joined.wait(END_S):
                 self._cluster.kill()
@@ -610,8 +539,8 @@ class ClientFutureManager:
 
     def kill_workers(self) -> None:
         """Close and kill the cluster. Calls that run end with WorkerDiedError, the others are cancelled."""
-        if self._refusal is not _refuse_child:
-            self._is_killed = True
+        if self._refusal is not refuse_child:
+            self._outstanding.is_killed = True
             self.close()
             self._cluster.kill()
 
@@ -620,12 +549,12 @@ class ClientFutureManager:
         with self._lock:
             self._is_exiting = True
             if self._refusal is None:
-                self._refusal = _refuse_at_exit
+                self._refusal = refuse_at_exit
         self.close()
 
     def abandon(self) -> None:
         """Make this copy, in a forked child, refuse everything; what it shares with the parent is left alone."""
-        self._refusal = _refuse_child
+        self._refusal = refuse_child
         # A thread of the parent may have held them, and here nobody would let go of them.
         self._lock = threading.RLock()
         self._start_lock = threading.RLock()
@@ -729,8 +658,8 @@ class ClientFutureManager:
             # A bug of ours: be loud about it, but leave nobody waiting for ever.
             self._cluster.kill()
             reason = f"the client's I/O thread failed: {error!r}"
-            self._refuse(lambda: _make_lost_error(reason))
-            self._on_lost([*self._futures, *self._runs], reason)
+            self._refuse(lambda: make_lost_error(reason))
+            self._outstanding.lose([*self._futures, *self._runs], reason)
             raise
         finally:
             self._is_over.set()
@@ -743,7 +672,7 @@ class ClientFutureManager:
                 self._has_ended = True
                 self._bell.close()
                 if self._callback_thread is None:
-                    _MANAGERS.pop(id(self), None)
+                    MANAGERS.pop(id(self), None)
             self._has_joined.set()
             self._may_join.set()
 
@@ -757,8 +686,8 @@ class ClientFutureManager:
         while True:
             with self._io_lock:
                 self._take_up()
-                self._flush()
-                has_unsent = bool(self._outgoing or self._writer.pending_bytes)
+                self._outbox.flush()
+                has_unsent = self._outbox.has_unsent
                 if self._cluster.max_unsent_bytes is not None:
                     self._note_room(self._cluster.max_unsent_bytes)
                 self._is_direct_possible = self._is_welcome and not has_unsent
@@ -783,7 +712,7 @@ class ClientFutureManager:
 
     def _note_room(self, max_bytes: int) -> None:
         """Have callers wait while much could not be sent."""
-        unsent_bytes = self._outgoing_bytes + self._writer.pending_bytes
+        unsent_bytes = self._outbox.unsent_bytes
         if not self._is_full and unsent_bytes > max_bytes and self._refusal is None:
             self._has_room.clear()
             self._is_full = True
@@ -824,7 +753,7 @@ class ClientFutureManager:
         if was_started:
             self._handle(CloseAsked())
         else:
-            self._drop_unsent()
+            self._outbox.drop()
             self._is_closed = True
 
     def _take_up_direct(self) -> None:
@@ -837,7 +766,7 @@ class ClientFutureManager:
             # The state knows the call now; the bytes that it wants sent are on their way, or a part of them is.
             instructions = [instruction for instruction in instructions if not isinstance(instruction, Send)]
             if not direct.is_sent():
-                self._write_rest(direct.packet, direct.sent[0])
+                self._outbox.write_rest(direct.packet, direct.sent[0])
         self._perform(instructions)
 
     def _receive(self, *, is_dead: bool) -> None:
@@ -869,24 +798,19 @@ class ClientFutureManager:
 
     def _lose(self, reason: str) -> None:
         """End everything that is outstanding, unless we have said Bye: then this is the end that we wait for."""
-        self._drop_unsent()
+        self._outbox.drop()
         if not self._is_closed:
-            self._refuse(lambda: _make_lost_error(reason))
+            self._refuse(lambda: make_lost_error(reason))
             self._close_asked = True
             self._take_up()
             self._handle(SchedulerLost(reason))
             self._handle(CloseAsked())
-            self._drop_unsent()
+            self._outbox.drop()
 
     def _refuse(self, make_error: Callable[[], Exception]) -> None:
         with self._lock:
             if self._refusal is None:
                 self._refusal = make_error
-
-    def _drop_unsent(self) -> None:
-        self._outgoing.clear()
-        self._outgoing_bytes = 0
-        self._writer = StreamWriter(self._cluster.socket)
 
     def _handle(self, event: Event) -> None:
         self._perform(self._state.handle(event, time.monotonic()))
@@ -894,21 +818,19 @@ class ClientFutureManager:
     def _perform(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Deliver):
-                self.on_task_result(instruction.results)
+                self._outstanding.deliver(instruction.results)
             elif isinstance(instruction, Send):
-                self._queue(instruction.message)
+                self._outbox.queue(instruction.message)
             elif isinstance(instruction, Finished):
-                for no in instruction.tasks:
-                    self._futures.pop(no, None)
-                    self._runs.pop(no, None)
+                self._outstanding.finish(instruction.tasks)
             elif isinstance(instruction, Cancelled):
-                self.on_task_cancel_confirm(instruction.items)
+                self._outstanding.cancel(instruction.items)
             elif isinstance(instruction, CancelRefused):
-                self._on_cancel_refused(instruction.tasks)
+                self._outstanding.refuse(instruction.tasks)
             elif isinstance(instruction, Running):
-                self._on_running(instruction.tasks)
+                self._outstanding.run(instruction.tasks)
             elif isinstance(instruction, Lost):
-                self._on_lost(instruction.tasks, instruction.reason)
+                self._outstanding.lose(instruction.tasks, instruction.reason)
             elif isinstance(instruction, Renewed):
                 self._on_renewed()
             elif isinstance(instruction, Broken):
@@ -920,74 +842,19 @@ class ClientFutureManager:
             else:
                 unreachable(instruction)
 
-    def on_task_result(self, results: list[ClientResultRow]) -> None:
-        """Settle what has a result."""
-        self._has_begun = True
-        pop = self._futures.pop
-        for no, first, count, kind, payload in results:
-            future = pop(no, None)
-            if future is not None:
-                future.set_result_ready(kind, payload)  # type: ignore[arg-type]
-            else:
-                run = self._runs[no]
-                run.set_items_ready(first, count, kind, payload)  # type: ignore[arg-type]
-                if run.is_over:
-                    del self._runs[no]
-
-    def on_task_cancel_confirm(self, items: list[tuple[int, int, int, Cause]]) -> None:
-        """Settle what ends cancelled."""
-        for no, first, count, cause in items:
-            future = self._futures.pop(no, None)
-            if future is None:
-                self._runs[no].set_items_cancelled(first, count)
-            else:
-                future.set_cancel_confirmed(CancelOutcome[cause])
-
-    def _on_cancel_refused(self, tasks: list[int]) -> None:
-        for no in tasks:
-            future = self._futures.get(no)
-            if future is not None:
-                future.set_cancel_confirmed(CancelOutcome.FAILED)
-
-    def _on_running(self, tasks: list[int]) -> None:
-        self._has_begun = True
-        for no in tasks:
-            future = self._futures.get(no)
-            if future is not None:
-                future.set_running()
-
-    def _on_lost(self, tasks: list[int], reason: str) -> None:
-        killed = msgspec.msgpack.encode(DeathReport("the user killed the workers")) if self._is_killed else b""
-        for no in tasks:
-            future = self._futures.pop(no, None)
-            if future is not None:
-                if not self._is_killed:
-                    future.set_result_ready(LOST, reason)
-                elif future.running():
-                    future.set_result_ready(ResultKind.DIED, killed)
-                else:
-                    future.set_cancel_confirmed(CancelOutcome.CANCELED)
-            else:
-                run = self._runs.pop(no, None)
-                if run is not None and self._is_killed:
-                    run.set_items_ready(REST, 0, ResultKind.DIED, killed)
-                elif run is not None:
-                    run.set_items_ready(REST, 0, LOST, reason)
-
     def _on_renewed(self) -> None:
         """Begin anew with a scheduler that knows no function."""
         with self._lock:
             batch, self._batch = self._batch, Batch()
             self._functions.forget_all()
             self._live_functions.clear()
-        self._outgoing.clear()
-        self._outgoing_bytes = 0
-        self._outgoing.append(self._hello)
+        self._outbox.forget()
+        self._outbox.queue(self._hello)
         self._is_welcome = False
         self._handle(Stranded(batch))
 
     def _on_broken(self, reason: str) -> None:
-        self._refuse(lambda: _make_start_error(reason))
+        self._refuse(lambda: make_start_error(reason))
 
     def _on_disinherited(self, reason: str) -> None:
         with self._lock:
@@ -1027,46 +894,6 @@ class ClientFutureManager:
             ]
         self._wake()
 
-    # Sending
-
-    def _queue(self, message: Message) -> None:
-        if self._cluster.max_unsent_bytes is not None:
-            self._outgoing_bytes += _payload_bytes(message)
-        if isinstance(message, TaskSubmit) and len(message.tasks) > TASKS_PER_MESSAGE:
-            tasks = message.tasks
-            steps = range(0, len(tasks), TASKS_PER_MESSAGE)
-            pieces = [TaskSubmit(tasks[at : at + TASKS_PER_MESSAGE]) for at in steps]
-            # Functions go before all calls of theirs, and are forgotten behind all.
-            pieces[0].functions = message.functions
-            pieces[-1].forget = message.forget
-            self._outgoing.extend(pieces)
-        else:
-            self._outgoing.append(message)
-
-    def _flush(self) -> None:
-        """Write as much as the socket takes, but not so much that answers have to wait."""
-        try:
-            for _ in range(MESSAGES_PER_TURN):
-                if (self._writer.pending_bytes and not self._writer.flush()) or not self._outgoing:
-                    return
-                message = self._outgoing.popleft()
-                if self._cluster.max_unsent_bytes is not None:
-                    self._outgoing_bytes -= _payload_bytes(message)
-                self._writer.send(self._encoder.pack(message))
-        except ConnectionError:
-            self._drop_unsent()  # its last words are still to be read, and then it is lost
-
-    def _write_rest(self, packet: bytes, sent_bytes: int) -> None:
-        try:
-            self._writer.send([memoryview(packet)[sent_bytes:]])
-        except ConnectionError:
-            pass  # as above
-
-
-def _payload_bytes(message: Message) -> int:
-    """Return what the payloads of a message's tasks take."""
-    return sum([len(row[-1]) for row in message.tasks]) if isinstance(message, TaskSubmit) else 0  # type: ignore[arg-type,misc]
-
 
 def _failed_future(error: Exception) -> ScalerFuture[Any]:
     future: ScalerFuture[Any] = ScalerFuture()
@@ -1086,86 +913,5 @@ def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None], at_end: Callabl
 
 
 def _end_callbacks(manager_id: int, ended: threading.Event) -> None:
-    _MANAGERS.pop(manager_id, None)
+    MANAGERS.pop(manager_id, None)
     ended.set()
-
-
-# Refusals
-
-
-def _refuse_after_shutdown() -> Exception:
-    return RuntimeError("cannot schedule new futures after shutdown")
-
-
-def _refuse_at_exit() -> Exception:
-    return RuntimeError("cannot schedule new futures after interpreter shutdown")
-
-
-def _refuse_child() -> Exception:
-    return RuntimeError("a ScalerExecutor cannot be used in a fork of the process that made it; make a new one")
-
-
-def _make_lost_error(reason: str) -> Exception:
-    from scaler_executor.errors import SchedulerLostError
-
-    return SchedulerLostError(reason)
-
-
-def _make_start_error(reason: str) -> Exception:
-    from scaler_executor.errors import WorkerStartError
-
-    return WorkerStartError(reason)
-
-
-# The ends of processes
-
-#: {id: manager}: those whose I/O thread has not ended.
-_MANAGERS: Final[dict[int, ClientFutureManager]] = {}
-
-
-def wait_until_ended(manager: ClientFutureManager | ClientView, *, interrupted: bool) -> None:
-    """Wait for the end of a closed client or view. The first Ctrl-C stops its calls, the second kills the cluster.
-
-    Args:
-        interrupted: The first one has been already.
-    """
-    try:
-        if interrupted:
-            manager.clear(0)
-            manager.join_soon()
-        else:
-            manager.join()
-    except KeyboardInterrupt:
-        if interrupted:
-            manager.kill()
-        else:
-            wait_until_ended(manager, interrupted=True)
-        raise
-
-
-def _end_all_at_exit() -> None:
-    """Finish the accepted work at the interpreter's exit, as ProcessPoolExecutor does, or stop it after a Ctrl-C."""
-    interrupted = issubclass(getattr(sys, "last_type", None) or object, KeyboardInterrupt)
-    managers = list(_MANAGERS.values())
-    for manager in managers:
-        manager.exit()
-        if interrupted:
-            manager.clear(0)  # all at once, so that the times that calls get to unwind do not add up
-    raised: KeyboardInterrupt | None = None
-    for manager in managers:
-        try:
-            wait_until_ended(manager, interrupted=interrupted)
-        except KeyboardInterrupt as error:
-            raised, interrupted = error, True  # it is for all of them
-    if raised is not None:
-        raise raised
-
-
-def _abandon_all_in_child() -> None:
-    for manager in list(_MANAGERS.values()):
-        manager.abandon()
-    _MANAGERS.clear()
-
-
-exiting.AT_EXIT.append(_end_all_at_exit)
-os.register_at_fork(after_in_child=_abandon_all_in_child)

@@ -17,8 +17,9 @@ from scaler_executor.protocol.messages import CancelKind, Options, Payload
 from scaler_executor.runtime.terms import Terms
 
 if TYPE_CHECKING:
-    from scaler_executor.runtime.client import ClientFutureManager, Run
+    from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.functions import PreparedFunction
+    from scaler_executor.runtime.interfaces import Run
     from scaler_executor.runtime.namespace import Needs
 
 
