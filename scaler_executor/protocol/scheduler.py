@@ -366,9 +366,8 @@ class SchedulerState:
                 client.queue = with_priorities(client.queue)
         if len(functions) > MAX_CLIENT_FUNCTIONS:
             raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
-        held_bytes = client.held_bytes
+        held_bytes, fenced = client.held_bytes, list[Task]()
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
-        fenced: list[Task] = []
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
                 raise RemoteProtocolError(f"task {no} of {items} items after item {last_no}")
