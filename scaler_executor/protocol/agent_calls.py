@@ -486,7 +486,7 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
     "STOPPING_SOFT": {
         "CANCEL": _C._newest_counts,
         "UNWOUND": _C._unwound,
-        "SKIPPED": _C._stopped,
+        "SKIPPED": _C._not_started,
         # No freeze asks about it; a report for others says nothing of the time after the interrupt.
         "NOT_STARTED": forbidden,
         "IN_PROGRESS": forbidden,
@@ -516,7 +516,7 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
     "KILLING": {
         "CANCEL": _C._newest_counts,
         "UNWOUND": _C._stopped,
-        "SKIPPED": _C._stopped,
+        "SKIPPED": _C._not_started,
         "NOT_STARTED": forbidden,
         "IN_PROGRESS": forbidden,
         "OVER": forbidden,

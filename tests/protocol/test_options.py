@@ -62,7 +62,7 @@ from scaler_executor.protocol.messages import (
     TaskSubmit,
     Welcome,
 )
-from scaler_executor.protocol.page import RECORD_BATCH_END, RECORD_READY, RECORD_UNWOUND, RECORD_VALUE
+from scaler_executor.protocol.page import RECORD_BATCH_END, RECORD_READY, RECORD_SKIPPED, RECORD_UNWOUND, RECORD_VALUE
 from scaler_executor.protocol.scheduler import FENCE_S, Drop, SchedulerState
 from scaler_executor.protocol.scheduler import Received as SchedulerReceived
 from scaler_executor.protocol.scheduler import Send as SchedulerSend
@@ -242,6 +242,14 @@ def test_expired_call_that_was_only_claimed():
     state.seen()
     assert Freeze(1, 1, [1], 0) in state.tick(TIMEOUT_S)
     out = state.on(Frozen(1, 0, 0, 0))
+    assert not any(isinstance(i, AgentSend) for i in out)
+    assert [call.state for call in state._calls.by_id.values()] == ["QUEUED"]
+
+
+def test_expired_call_that_was_skipped():
+    """A call that was claimed and then found taken back has not begun: it is queued again."""
+    state = expired()
+    out = state.records((RECORD_SKIPPED, 1, 0, b""))
     assert not any(isinstance(i, AgentSend) for i in out)
     assert [call.state for call in state._calls.by_id.values()] == ["QUEUED"]
 

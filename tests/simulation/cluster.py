@@ -411,8 +411,9 @@ class Cluster:
             agent, worker_id = self.running[item]
             assert self.agents[agent].workers[worker_id].stuck, f"{item} has timed out and still runs"
             self.ran_s[item] = self.now - self.began[item]
-        # It counts from when a worker has claimed it, which may take a while until it begins.
-        assert self.ran_s[item] > self.timeout_s - 0.01, f"{item} timed out after {self.ran_s[item]} s"
+        # It counts from when a worker has claimed it, which may take a while until it begins, or die before.
+        ran_s = self.ran_s.get(item, self.timeout_s)
+        assert ran_s > self.timeout_s - 0.01, f"{item} timed out after {ran_s} s"
         self.confirmed.add(item)
 
     def has_timeout(self, item: tuple[int, int]) -> bool:
