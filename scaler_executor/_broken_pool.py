@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from concurrent.futures.process import BrokenProcessPool
 
+from scaler_executor.errors import title_of
 from scaler_executor.protocol.messages import DeathReport
 
 _UNITS_MIB = 1 << 20
@@ -27,6 +28,8 @@ class WorkerDiedError(BrokenProcessPool):
         attempt: 1 for the first time that the call was made.
         peak_memory_bytes: The most memory that the worker's process used, 0 if it is not known.
         story: What the cluster remembers of the call, for bug reports; may be empty.
+        earlier: WorkerDiedErrors of the attempts before this one (the latest 20), with `reason`, `exit_code`, `host`,
+            `pid` and `attempt`.
     """
 
     __module__ = "scaler_executor"
@@ -40,21 +43,32 @@ class WorkerDiedError(BrokenProcessPool):
     attempt: int = 1
     peak_memory_bytes: int = 0
     story: str = ""
+    earlier: list[WorkerDiedError] = []
 
     @classmethod
     def from_report(cls, report: DeathReport, call_name: str = "") -> WorkerDiedError:
         """Return the error that tells a user of `report`."""
-        what = f"the worker died in {call_name}()" if call_name else "the worker died in this call"
+        what = f"the worker died in {title_of(call_name) or 'this call'}"
         details = [f"host {report.host}" if report.host else "", f"pid {report.pid}" if report.pid else ""]
         if report.attempt > 1:
             details.append(f"attempt {report.attempt}")
         if report.peak_memory_bytes:
             details.append(f"peak memory {report.peak_memory_bytes // _UNITS_MIB} MiB")
         aside = ", ".join(filter(None, details))
-        self = cls(f"{what}: {report.reason}" + (f" ({aside})" if aside else ""))
+        message = f"{what}: {report.reason}" + (f" ({aside})" if aside else "")
+        for death in report.earlier:
+            where = ", ".join(filter(None, [death.host, f"pid {death.pid}" if death.pid else ""]))
+            message += f"\n  attempt {death.attempt}: {death.reason}" + (f" ({where})" if where else "")
+        self = cls(message)
         self.call_name = call_name
         for name in report.__struct_fields__:
             setattr(self, name, getattr(report, name))
+        self.earlier = []
+        for death in report.earlier:
+            other = cls(f"{what}: {death.reason}")
+            other.call_name, other.reason, other.exit_code = call_name, death.reason, death.exit_code
+            other.host, other.pid, other.attempt, other.earlier = death.host, death.pid, death.attempt, []
+            self.earlier.append(other)
         return self
 
     @property

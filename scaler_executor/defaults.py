@@ -22,6 +22,19 @@ class DefaultTimeout(Enum):
 
 DEFAULT_TIMEOUT: Final = DefaultTimeout.DEFAULT
 
+
+class Unchanged(Enum):
+    """The type of `UNCHANGED`."""
+
+    UNCHANGED = "unchanged"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+#: Stands for an option that a view takes over from its executor.
+UNCHANGED: Final = Unchanged.UNCHANGED
+
 #: Seconds in which a served cluster has to let an executor in.
 CONNECT_TIMEOUT_S: Final = 10.0
 #: Environment variable that names the connection file of the cluster to use, or its address, tcp://HOST:PORT; in the

@@ -69,6 +69,13 @@ class VersionMismatchError(ConnectionError):
     __module__ = "scaler_executor"
 
 
+def title_of(call_name: str) -> str:
+    """Return how messages call a call: by its function, `load()`, or by the name that `with_options` gave it."""
+    parts = call_name.split(".")
+    is_function = all(part.isidentifier() or part in ("<locals>", "<lambda>") for part in parts)
+    return f"{call_name}()" if is_function else repr(call_name) if call_name else ""
+
+
 def __getattr__(name: str) -> Any:
     if name == "SchedulerLostError":
         from scaler_executor import _broken_executor as home

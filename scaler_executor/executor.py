@@ -21,8 +21,11 @@ from scaler_executor.defaults import (
     CANCEL_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
     DEFAULT_TIMEOUT,
+    UNCHANGED,
     DefaultTimeout,
+    Unchanged,
 )
+from scaler_executor.options import MAX_RETRIES, check_count, check_seconds, check_timeout, merge
 from scaler_executor.runtime import exiting as exiting  # first of all, see there
 from scaler_executor.runtime.cluster import EmbeddedCluster
 from scaler_executor.runtime.platform import cpu_count_usable
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
     from typing_extensions import ParamSpec, Self
 
     from scaler_executor.future import ScalerFuture
+    from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.remote import RemoteCluster
+    from scaler_executor.runtime.view import ClientView
 
     P = ParamSpec("P")
 
@@ -63,6 +68,7 @@ class ScalerExecutor(Executor):
             `mp_context` it means "spawn".
         cancel_timeout: Seconds that `ScalerFuture.cancel` waits by default, None for no limit.
         cancel_grace: Seconds that a cancelled call has to unwind before its process group is killed; 0: none.
+        retries, timeout: As in `with_options`, for all calls.
 
         address: The connection file of a cluster that `scaler-executor serve` hosts: calls run there. Or, with
             `credentials`, "tcp://HOST:PORT", where that cluster is reached from here (through a tunnel, say). None for
@@ -93,6 +99,8 @@ class ScalerExecutor(Executor):
         max_tasks_per_child: int | None = None,
         cancel_timeout: float | None = CANCEL_TIMEOUT_S,
         cancel_grace: float = CANCEL_GRACE_S,
+        retries: int = 0,
+        timeout: float | None = None,
         address: str | os.PathLike[str] | None = None,
         credentials: str | os.PathLike[str] | None = None,
         connect_timeout: float = CONNECT_TIMEOUT_S,
@@ -118,8 +126,9 @@ class ScalerExecutor(Executor):
                 )
         if cancel_timeout is not None and cancel_timeout < 0:
             raise ValueError("cancel_timeout must be >= 0")
-        if cancel_grace < 0:
-            raise ValueError("cancel_grace must be >= 0")
+        cancel_grace = check_seconds("cancel_grace", cancel_grace, zero=True)
+        retries = check_count("retries", retries, 0, MAX_RETRIES)
+        timeout = check_timeout(timeout)
         if not connect_timeout > 0:
             raise ValueError("connect_timeout must be > 0")
         # Plain numbers from here on, whatever numpy or a configuration gave.
@@ -146,15 +155,18 @@ class ScalerExecutor(Executor):
             )
             self._max_workers = max(1, cluster.workers) if max_workers is None else max_workers
         try:
+            from scaler_executor.protocol.messages import Options
             from scaler_executor.runtime.client import ClientFutureManager
 
-            self._client = ClientFutureManager(cluster, cancel_timeout_s=cancel_timeout)
+            options = Options(retries, timeout)
+            client = ClientFutureManager(cluster, cancel_timeout_s=cancel_timeout, options=options)
         except BaseException:
             cluster.kill()
             if not cluster.has_owner:
                 cluster.join()
             raise
-        self._client.close_with(self)
+        client.close_with(self)
+        self._client: ClientFutureManager | ClientView = client
 
     @property
     def max_workers(self) -> int:
@@ -220,6 +232,54 @@ class ScalerExecutor(Executor):
         call.fill()
         return call.results(end_time)
 
+    def with_options(
+        self,
+        *,
+        retries: int | Unchanged = UNCHANGED,
+        timeout: float | Unchanged | None = UNCHANGED,
+        priority: int | Unchanged = UNCHANGED,
+        name: str | Unchanged | None = UNCHANGED,
+        cancel_grace: float | Unchanged = UNCHANGED,
+    ) -> ScalerExecutor:
+        """Return a view of this executor: an executor with the same workers, whose calls have other options.
+
+        It can be handed to whatever takes an `Executor`. `shutdown`, `with`, `clear` and `kill_workers` of a view are
+        about the calls that were submitted through it, or through views of it; the executor and its other views go on.
+        Shutting down the executor ends its views. A view keeps its executor alive, and ends it with itself if nobody
+        else has it.
+
+        Args:
+            retries: How often a call is made again when its worker dies in it, or the machine or the scheduler that had
+                it is lost, 0 to 1,000,000. It is then made at most `retries + 1` times; an exception, a cancel or a
+                timeout is never retried.
+            timeout: Seconds that a call, or an item of a map, may run, from its start; None for no limit. It is then
+                stopped like a cancelled one and ends with TimeoutError. One that finishes first, in its `cancel_grace`
+                at the latest, keeps its result.
+            priority: Of the queued calls of this executor and its views those with the highest number start first, and
+                among equals the oldest; but no call is overtaken for ever. -1,000,000 to 1,000,000, by default 0. It
+                stops nothing that runs, and is nothing to other clients.
+            name: What errors and `scaler-executor status` call the calls; None for the name of their function.
+            cancel_grace: Seconds that a call has to unwind when it is stopped before its process group is killed.
+
+        Raises:
+            TypeError, ValueError: A value that cannot be; says which are possible.
+        """
+        terms = self._client.terms
+        options, name = merge(
+            terms.options,
+            terms.name,
+            retries=retries,
+            timeout=timeout,
+            priority=priority,
+            new_name=name,
+            cancel_grace=cancel_grace,
+        )
+        # Not of the type of a subclass, whose `shutdown` say may end something that the executor still needs.
+        view = ScalerExecutor.__new__(ScalerExecutor)
+        view._start_method, view._max_workers = self._start_method, self._max_workers
+        view._client = self._client.view(options, name, self)
+        return view
+
     def cancel(
         self,
         futures: Iterable[Future[Any]],
@@ -233,11 +293,18 @@ class ScalerExecutor(Executor):
         return cancel_all(futures, timeout, force=force)
 
     def clear(self) -> None:
-        """Cancel all calls that are outstanding, by force, and wait as `ScalerFuture.cancel`. It stays usable."""
+        """Cancel all calls that are outstanding, by force, and wait as `ScalerFuture.cancel`. It stays usable.
+
+        Of a view, see `with_options`: those that were submitted through it.
+        """
         self._client.clear(DEFAULT_TIMEOUT)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As `Executor.shutdown`. `cancel_futures` takes back what has not started; what runs, completes."""
+        """As `Executor.shutdown`. `cancel_futures` takes back what has not started; what runs, completes.
+
+        Of a view, see `with_options`: it takes no more calls, and what was submitted through it is waited for or taken
+        back.
+        """
         self._client.close()
         if cancel_futures:
             self._client.take_back_all(self._max_workers)
@@ -252,7 +319,8 @@ class ScalerExecutor(Executor):
         """Kill all workers at once and shut down without waiting.
 
         As `ProcessPoolExecutor.kill_workers` of Python 3.14: calls that run end with WorkerDiedError (a
-        BrokenProcessPool), those that have not started are cancelled.
+        BrokenProcessPool), those that have not started are cancelled. Of a view, whose workers are others' as well: its
+        calls are cancelled by force.
         """
         self._client.kill_workers()
 
@@ -263,7 +331,7 @@ class ScalerExecutor(Executor):
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         """As `Executor.__exit__`; after a KeyboardInterrupt all calls are stopped, at a second one killed."""
-        from scaler_executor.runtime.client import wait_until_ended
+        from scaler_executor.runtime.ending import wait_until_ended
 
         if getattr(self.shutdown, "__func__", None) is not ScalerExecutor.shutdown:
             # A subclass's, say, which has something of its own to end. It may submit calls still, unless all is over.

@@ -149,8 +149,9 @@ class ScalerFuture(Future[T]):
     executor that does nothing else, so they may block, take locks, submit and cancel. All methods are thread-safe.
     """
 
-    # Set once, when the future is made for a call, except the last two: they are set before `_state` becomes FINISHED.
-    __slots__ = ("_call_name", "_owner", "_payload", "_result_kind", "_task_no")
+    # Set once, when the future is made for a call, `_terms` only for one of a view; but the payload and its kind are
+    # set before `_state` becomes FINISHED.
+    __slots__ = ("_call_name", "_owner", "_payload", "_result_kind", "_task_no", "_terms")
 
     if TYPE_CHECKING:
         _call_name: str
@@ -158,6 +159,7 @@ class ScalerFuture(Future[T]):
         _payload: Payload | str | None
         _result_kind: int
         _task_no: int
+        _terms: object
         _done_callbacks: list[Callable[[Future[T]], object]]
     else:
         __init__ = object.__init__

@@ -29,6 +29,8 @@ from scaler_executor.runtime.results import LoadFailed, read_failure, read_value
 if TYPE_CHECKING:
     from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.functions import PreparedFunction
+    from scaler_executor.runtime.terms import Terms
+    from scaler_executor.runtime.view import ClientView
 
 #: The most items in a run.
 RUN_ITEMS: Final = 256
@@ -117,12 +119,14 @@ def _call_all(function: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> lis
 class MapRun:
     """Items of one map that were submitted together: what has come of them, in ranges that nobody has unpickled yet."""
 
-    __slots__ = ("_left", "_over", "_ranges", "_reader", "_rest", "items", "task_no")
+    __slots__ = ("_left", "_over", "_ranges", "_reader", "_rest", "items", "task_no", "terms")
 
     def __init__(self, items: int, reader: _Reader) -> None:
         self.items = items
         #: Its number at the scheduler, set when it is submitted.
         self.task_no = 0
+        #: See `interfaces.Run`.
+        self.terms: Terms | None = None
         #: Items without an answer. Written by the I/O thread.
         self._left = items
         #: {first: (count, kind, payload)}. Added to by the I/O thread, taken out by the reader, who always asks for the
@@ -226,7 +230,7 @@ class MapCall:
 
     def __init__(
         self,
-        client: ClientFutureManager,
+        client: ClientFutureManager | ClientView,
         max_workers: int,
         function: Callable[..., Any],
         iterables: tuple[Iterable[Any], ...],
@@ -236,7 +240,7 @@ class MapCall:
     ) -> None:
         self._client = client
         self._function: Any = function
-        self._name = getattr(function, "__qualname__", type(function).__qualname__)
+        self._name: str = client.terms.name or str(getattr(function, "__qualname__", type(function).__qualname__))
         self._prepared: PreparedFunction | None = None
         self._needs = NO_NEEDS
         self._function_id = 0
@@ -244,6 +248,8 @@ class MapCall:
         self._workers = max_workers
         self._buffersize = buffersize
         self._limit = RUN_ITEMS if chunksize == 1 else chunksize
+        if client.terms.options.timeout_s is not None:
+            self._limit = 1  # each item has its own time
         if buffersize is not None:
             self._limit = min(self._limit, max(1, buffersize // (2 * max_workers)))
         self._size = 1

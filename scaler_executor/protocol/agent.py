@@ -45,6 +45,7 @@ from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.agent_records import RecordReader
+from scaler_executor.protocol.agent_timeouts import MAX_TIMEOUT_S, Timeouts
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.machine import Transition, unreachable
 from scaler_executor.protocol.messages import (
@@ -62,6 +63,7 @@ from scaler_executor.protocol.messages import (
     ToAgentMessage,
     Welcome,
 )
+from scaler_executor.protocol.priorities import with_priorities
 
 #: An agent that has lost its scheduler stops its calls after so long; shorter than `scheduler.FENCE_S` by more than
 #: clocks differ.
@@ -86,9 +88,10 @@ class AgentState:
         self._crew = Crew(max_workers, max_items_per_worker)
         self._inheritance = Inheritance(self._output)
         self._hiring = Hiring(self._crew, self._inheritance, self._output)
-        self._calls = AgentCalls(self._crew, self._hiring, self._output, cancel_grace_s)
+        self._timeouts = Timeouts(self._output)
+        self._calls = AgentCalls(self._crew, self._hiring, self._timeouts, self._output, cancel_grace_s)
         self._dispatch = Dispatch(self._crew, self._hiring, self._inheritance, self._calls, self._output)
-        self._reader = RecordReader(self._crew, self._hiring, self._calls, self._output)
+        self._reader = RecordReader(self._crew, self._hiring, self._calls, self._timeouts, self._output)
         #: {(client_id, function_id): AgentFunction}
         self._functions: dict[tuple[int, int], AgentFunction] = {}
         #: When calls are stopped for want of a scheduler, or None.
@@ -148,9 +151,11 @@ class AgentState:
         """Return when the next Tick is due, or None."""
         stopping, hire_at, look_at = self._calls.stopping, self._hiring.hire_at, self._dispatch.look_at
         share_at = self._dispatch.sharing.due_at
-        if not stopping and hire_at is None and self._fence_at is None and share_at is None:
+        timed = self._timeouts.running
+        if not stopping and not timed and hire_at is None and self._fence_at is None and share_at is None:
             return look_at  # the common case
         deadlines = [call.grace_due for call in stopping.values()]
+        deadlines += self._timeouts.deadlines()
         deadlines += [at for at in (hire_at, look_at, share_at, self._fence_at) if at is not None]
         return min(deadlines, default=None)
 
@@ -178,6 +183,9 @@ class AgentState:
             assert call.worker is None or call in call.worker.held, task_id
             assert call.worker is None or call.worker.worker_id in crew.workers
             assert call.state != "QUEUED" or (id(call) in waiting and not call.cancel_no)
+            timeout_s = call.function.function.options.timeout_s
+            if call.state == "RUNNING" and timeout_s is not None and timeout_s <= MAX_TIMEOUT_S:
+                assert any(other is call for other in self._timeouts.running.values()), task_id
             is_stopping = task_id in calls.stopping
             assert is_stopping if call.state == "STOPPING_SOFT" else call.state == "UNWOUND" or not is_stopping, task_id
             if call.state in ("RECALLING", "FREEZING"):
@@ -240,6 +248,9 @@ class AgentState:
         functions, calls, crew = self._functions, self._calls.by_id, self._crew
         broken, draining = self._hiring.broken, self._hiring.draining
         for client_id, function in message.functions:
+            if function.options.priority:
+                asking = crew.client(client_id)
+                asking.queue = with_priorities(asking.queue)
             functions[client_id, function.function_id] = AgentFunction(
                 function,
                 lambda needed, client_id=client_id: functions.get((client_id, needed)),  # type: ignore[misc]
@@ -379,6 +390,7 @@ class AgentState:
         worker = self._crew.workers[event.worker_id]
         self._hiring.reaped(worker)
         self._calls.to_freeze.pop(event.worker_id, None)
+        self._timeouts.exited(event.worker_id)
         if worker.state in ("FORKING", "STARTING"):
             reason = None if event.forker_lost else self._hiring.start_failed(worker, event.report.reason)
             if reason is not None:
@@ -421,6 +433,10 @@ class AgentState:
         if calls.stopping:
             for call in [call for call in calls.stopping.values() if call.grace_due <= now]:
                 calls.step(call, "GRACE_DUE")
+        if self._timeouts.running:
+            for call in self._timeouts.take_due():
+                if call.state == "RUNNING":  # else it is over, or being stopped already
+                    calls.step(call, "TIMEOUT")
         if dispatch.look_at is not None and dispatch.look_at <= now:
             dispatch.look_at = None
             dispatch.look()

@@ -25,16 +25,20 @@ from scaler_executor.protocol.agent_crew import Call, CallState, Crew, Worker
 from scaler_executor.protocol.agent_events import Interrupt, Kill
 from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_output import AgentOutput
+from scaler_executor.protocol.agent_timeouts import Timeouts
 from scaler_executor.protocol.machine import Story, forbidden, ignore
-from scaler_executor.protocol.messages import CancelKind, DeathReport, TaskCancelConfirmType
+from scaler_executor.protocol.messages import CancelKind, DeathReport, ResultKind, TaskCancelConfirmType
 
 #: In the place of a cancel_no: the call is stopped for want of a scheduler.
 FENCED: Final = -1
+#: The same: it has run for longer than its timeout.
+EXPIRED: Final = -2
 #: No call has longer than this to unwind, for nobody can wait for longer in one piece: eleven days.
 MAX_GRACE_S: Final = 1e6
 #: A call whose client is gone has no longer than this to unwind, whatever its client had allowed.
 GONE_GRACE_S: Final = 1.0
 
+TIMED_OUT: Final = int(ResultKind.TIMED_OUT)
 CANCELED: Final = TaskCancelConfirmType.CANCELED
 FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
 
@@ -42,9 +46,12 @@ FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
 class AgentCalls:
     """All calls of one agent."""
 
-    def __init__(self, crew: Crew, hiring: Hiring, output: AgentOutput, cancel_grace_s: float) -> None:
+    def __init__(
+        self, crew: Crew, hiring: Hiring, timeouts: Timeouts, output: AgentOutput, cancel_grace_s: float
+    ) -> None:
         self._crew = crew
         self._hiring = hiring
+        self._timeouts = timeouts
         self._output = output
         self._cancel_grace_s = cancel_grace_s
         #: {task_id: Call}: every task that the scheduler believes is here.
@@ -155,13 +162,21 @@ class AgentCalls:
             self._refuse(call)
 
     def _newest_counts(self, call: Call, cancel_no: int, kind: CancelKind) -> None:
+        if call.cancel_no == EXPIRED and kind is not CancelKind.FORCED:
+            # It runs, so there is nothing to take back, and what it is being stopped for stands.
+            self._output.confirms.append((call.task_id, call.attempt, cancel_no, FAILED, 0))
+            return
         call.cancel_no, call.kind = cancel_no, kind
+
+    def _expire(self, call: Call) -> None:
+        call.cancel_no, call.kind = EXPIRED, CancelKind.FORCED
+        self._stop(call)
 
     def _not_started(self, call: Call, *_: Any) -> None:
         """It has not started (or not gone on, for a run), and its worker will not come to it: taken back, or the
         worker is gone."""
         self._release(call)
-        if call.cancel_no:
+        if call.cancel_no and call.cancel_no != EXPIRED:
             self._confirm_canceled(call)
         else:
             self._requeue(call)
@@ -173,6 +188,7 @@ class AgentCalls:
             self._not_started(call)
             return
         call.state = "RUNNING"
+        self._timeouts.seen_running(call)
         if call.cancel_no and call.kind is CancelKind.FORCED:
             if at < call.items:
                 # It was a recall when the freeze was sent, and its worker will not come to these any more.
@@ -224,7 +240,10 @@ class AgentCalls:
 
     def _stuck(self, call: Call) -> None:
         call.state = "HELD"
-        if call.cancel_no == FENCED:
+        if call.cancel_no == EXPIRED:
+            self._kill_unwound(call)
+            self._timed_out(call, ", and its worker cannot be stopped")
+        elif call.cancel_no == FENCED:
             call.cancel_no = 0
         elif call.cancel_no:
             self._refuse(call)
@@ -235,12 +254,15 @@ class AgentCalls:
             call.cancel_no = 0
             self._died(call, DeathReport(reason="its machine was cut off from the scheduler, and stopped it"))
             return
+        if call.cancel_no == EXPIRED:
+            self._timed_out(call)
+            return
         self._release(call)
         self._confirm_canceled(call)
 
     def _died(self, call: Call, report: DeathReport) -> None:
         """Its worker died in it: in the first outstanding item, the others never started."""
-        if call.cancel_no > 0 and call.is_forced:
+        if (call.cancel_no > 0 and call.is_forced) or call.cancel_no == EXPIRED:
             self._stopped(call)
             return
         self._release(call)
@@ -290,6 +312,13 @@ class AgentCalls:
     def _refuse(self, call: Call) -> None:
         self._output.confirms.append((call.task_id, call.attempt, call.cancel_no, FAILED, 0))
         call.cancel_no = 0
+
+    def _timed_out(self, call: Call, how: str = "") -> None:
+        """Answer for a call whose timeout has stopped it. That is its result: nobody tries it again."""
+        text = f"ran longer than its timeout of {call.function.function.options.timeout_s:g} s{how}"
+        self._output.results.append((call.task_id, call.attempt, call.start, 1, TIMED_OUT, text.encode()))
+        self._release(call)
+        self._forget(call)
 
     def _cancel_tail(self, call: Call, at: int) -> None:
         """Confirm that the items from `at` on will not run; those before it are another matter."""
@@ -380,6 +409,7 @@ EVENTS: Final = (
     "KILLED",  # a freeze found it running and its process group has been killed
     "STUCK",  # its worker does not stop, or does not die
     "GRACE_DUE",
+    "TIMEOUT",  # it has been running for as long as it may
     "EXITED_IN_PROGRESS",  # its worker is gone, and this was the call it was in: report
     "EXITED_NOT_STARTED",  # its worker is gone and had not come to it: report
 )
@@ -399,6 +429,7 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "KILLED": forbidden,
         "STUCK": forbidden,
         "GRACE_DUE": forbidden,
+        "TIMEOUT": forbidden,
         "EXITED_IN_PROGRESS": forbidden,
         "EXITED_NOT_STARTED": forbidden,
     },
@@ -414,6 +445,8 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "KILLED": forbidden,
         "STUCK": forbidden,
         "GRACE_DUE": forbidden,
+        # Its time counts when it has been seen running, and until something else is wanted of it.
+        "TIMEOUT": forbidden,
         "EXITED_IN_PROGRESS": _C._died,
         "EXITED_NOT_STARTED": _C._not_started,
     },
@@ -428,6 +461,7 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "KILLED": forbidden,
         "STUCK": forbidden,
         "GRACE_DUE": forbidden,
+        "TIMEOUT": _C._expire,
         "EXITED_IN_PROGRESS": _C._died,
         # Between two items of a run.
         "EXITED_NOT_STARTED": _C._not_started,
@@ -445,13 +479,14 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "KILLED": forbidden,
         "STUCK": _C._stuck,
         "GRACE_DUE": forbidden,
+        "TIMEOUT": forbidden,
         "EXITED_IN_PROGRESS": _C._died,
         "EXITED_NOT_STARTED": _C._not_started,
     },
     "STOPPING_SOFT": {
         "CANCEL": _C._newest_counts,
         "UNWOUND": _C._unwound,
-        "SKIPPED": _C._stopped,
+        "SKIPPED": _C._not_started,
         # No freeze asks about it; a report for others says nothing of the time after the interrupt.
         "NOT_STARTED": forbidden,
         "IN_PROGRESS": forbidden,
@@ -459,6 +494,7 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "KILLED": forbidden,
         "STUCK": forbidden,
         "GRACE_DUE": _C._kill_at_grace,
+        "TIMEOUT": forbidden,
         "EXITED_IN_PROGRESS": _C._stopped,
         "EXITED_NOT_STARTED": _C._stopped,
     },
@@ -473,19 +509,21 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         "KILLED": _C._killing,
         "STUCK": _C._stuck,
         "GRACE_DUE": forbidden,
+        "TIMEOUT": forbidden,
         "EXITED_IN_PROGRESS": _C._stopped,
         "EXITED_NOT_STARTED": _C._not_started,
     },
     "KILLING": {
         "CANCEL": _C._newest_counts,
         "UNWOUND": _C._stopped,
-        "SKIPPED": _C._stopped,
+        "SKIPPED": _C._not_started,
         "NOT_STARTED": forbidden,
         "IN_PROGRESS": forbidden,
         "OVER": forbidden,
         "KILLED": forbidden,
         "STUCK": _C._stuck,
         "GRACE_DUE": forbidden,
+        "TIMEOUT": forbidden,
         # Not before: a confirm sent while the process may still write a file would be a lie.
         "EXITED_IN_PROGRESS": _C._stopped,
         "EXITED_NOT_STARTED": _C._not_started,
@@ -503,6 +541,7 @@ TABLE: Final[dict[str, dict[str, _Cell]]] = {
         # The code has stopped; what does not die of its group is out of anybody's hands.
         "STUCK": _C._stopped,
         "GRACE_DUE": _C._kill_unwound,
+        "TIMEOUT": forbidden,
         "EXITED_IN_PROGRESS": _C._stopped,
         "EXITED_NOT_STARTED": _C._stopped,
     },

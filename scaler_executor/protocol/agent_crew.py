@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from scaler_executor.protocol.functions import KnownFunctions, ReceivedFunction
 from scaler_executor.protocol.messages import CancelKind, Function, WorkerCallRow
 from scaler_executor.protocol.page import RING_SLOTS
+from scaler_executor.protocol.priorities import PriorityQueue
 
 CallState = Literal["QUEUED", "HELD", "RUNNING", "RECALLING", "STOPPING_SOFT", "FREEZING", "KILLING", "UNWOUND", "GONE"]
 WorkerState = Literal["FORKING", "STARTING", "READY", "LEAVING"]
@@ -53,7 +54,7 @@ class Client:
     def __init__(self, client_id: int, max_items_per_worker: int | None) -> None:
         self.client_id = client_id
         #: Calls in QUEUED, next first, among entries that are not (any more).
-        self.queue: deque[Call] = deque()
+        self.queue: deque[Call] | PriorityQueue[Call] = deque()
         #: Number of calls in QUEUED, and of their outstanding items.
         self.queued = 0
         self.queued_items = 0
@@ -103,6 +104,8 @@ class Call:
     kind: CancelKind = CancelKind.RECALL
     #: When a soft stop turns into a hard one; only in STOPPING_SOFT.
     grace_due: float = 0.0
+    #: When it has run for as long as it may; of a call in `Timeouts.running`.
+    timeout_due: float = 0.0
 
     def __init__(
         self, task_id: int, attempt: int, client: Client, items: int, skip: int, function: AgentFunction, payload: Any

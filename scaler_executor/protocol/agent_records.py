@@ -13,6 +13,7 @@ from scaler_executor.protocol.agent_crew import Call, Crew, Worker
 from scaler_executor.protocol.agent_events import Kill, Records, Seen
 from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_output import AgentOutput, Joined
+from scaler_executor.protocol.agent_timeouts import Timeouts
 from scaler_executor.protocol.page import (
     RECORD_BATCH_END,
     RECORD_ERROR,
@@ -28,10 +29,11 @@ from scaler_executor.protocol.page import (
 class RecordReader:
     """Reads what the workers of one agent write."""
 
-    def __init__(self, crew: Crew, hiring: Hiring, calls: AgentCalls, output: AgentOutput) -> None:
+    def __init__(self, crew: Crew, hiring: Hiring, calls: AgentCalls, timeouts: Timeouts, output: AgentOutput) -> None:
         self._crew = crew
         self._hiring = hiring
         self._calls = calls
+        self._timeouts = timeouts
         self._output = output
         #: `output.results`, at hand because each result needs it.
         self._results = output.results
@@ -158,6 +160,7 @@ class RecordReader:
         if head.state == "HELD":
             head.state = "RUNNING"
             self._output.running.append(head.task_id)
+            self._timeouts.seen_running(head)
 
     def _misbehaved(self, worker: Worker, what: str) -> None:
         """A worker said what it cannot have meant: user code has written over our memory or descriptors. It is no use

@@ -11,9 +11,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
-import msgspec
-
+from scaler_executor.protocol.client_events import (
+    REST,
+    Batch,
+    Broken,
+    Cancelled,
+    CancelRefused,
+    Cause,
+    CloseAsked,
+    Closed,
+    Deliver,
+    Disinherited,
+    Event,
+    Finished,
+    Instruction,
+    Lost,
+    Received,
+    Renewed,
+    Running,
+    SchedulerLost,
+    Send,
+    Stranded,
+)
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
+from scaler_executor.protocol.functions import ReceivedFunction
 from scaler_executor.protocol.machine import Story, Transition, peer_error, unreachable
 from scaler_executor.protocol.messages import (
     BY_OPERATOR,
@@ -24,7 +45,6 @@ from scaler_executor.protocol.messages import (
     Function,
     InheritanceLost,
     InheritanceReplaced,
-    Message,
     Output,
     Refused,
     SessionLost,
@@ -32,8 +52,10 @@ from scaler_executor.protocol.messages import (
     TaskCancelConfirm,
     TaskCancelConfirmType,
     TaskResult,
+    TaskRetried,
     TaskRow,
     TaskRunning,
+    TasksAgain,
     TaskSubmit,
     ToClientMessage,
     Welcome,
@@ -45,128 +67,23 @@ UNSENT: Final = "UNSENT"
 SENT: Final = "SENT"
 CANCELING: Final = "CANCELING"
 
-Cause = Literal["CANCELED", "NOT_FOUND", "FINISHED_FIRST", "UNCONFIRMED"]
-
-#: In the place of a first item: every item of the run that has no answer yet.
-REST: Final = -1
-
-
-# Events
-
-
-class Batch(msgspec.Struct):
-    """What callers asked for since the last time, in order, but a cancel of a task of the same batch unsends it."""
-
-    tasks: list[TaskRow] = []
-    functions: list[Function] = []
-    forget: list[int] = []
-    cancels: list[tuple[int, CancelKind]] = []
-    #: The answer to Disinherited.
-    definitions: list[Function] | None = None
-
-
-class Received(msgspec.Struct):
-    """A message came from the scheduler."""
-
-    message: ToClientMessage
-
-
-class SchedulerLost(msgspec.Struct):
-    """The scheduler, or the way to it, is gone for good."""
-
-    reason: str
-
-
-class CloseAsked(msgspec.Struct):
-    """The user will submit no more: say Bye when nothing is outstanding."""
-
-
-Event: TypeAlias = Batch | Received | SchedulerLost | CloseAsked
-
-
-# Instructions
-
-
-class Send(msgspec.Struct):
-    """Send to the scheduler."""
-
-    message: Message
-
-
-class Deliver(msgspec.Struct):
-    """These items have a result. A task of one item is over with it."""
-
-    results: list[ClientResultRow]
-
-
-class Cancelled(msgspec.Struct):
-    """Items [first, first + count) of a task end cancelled, and why: (no, first, count, cause). `first` is REST for
-    all that are left."""
-
-    items: list[tuple[int, int, int, Cause]]
-
-
-class CancelRefused(msgspec.Struct):
-    """The cancels of these are answered: they run on and complete normally."""
-
-    tasks: list[int]
-
-
-class Running(msgspec.Struct):
-    """These have been seen running."""
-
-    tasks: list[int]
-
-
-class Finished(msgspec.Struct):
-    """Each item of these has been answered. Not said of tasks of one item that are over with Deliver and were never
-    asked to cancel."""
-
-    tasks: list[int]
-
-
-class Lost(msgspec.Struct):
-    """These end with SchedulerLostError."""
-
-    tasks: list[int]
-    reason: str
-
-
-class Renewed(msgspec.Struct):
-    """Begin anew, with Hello: the scheduler knows no function any more. What has not been fed in yet and counts on some
-    is lost as well."""
-
-    reason: str
-
-
-class Broken(msgspec.Struct):
-    """No worker can be started: what is submitted from now on is refused with this reason."""
-
-    reason: str
-
-
-class Disinherited(msgspec.Struct):
-    """Functions and classes of `__main__` are to be sent from now on: workers inherit them no more. Those that calls
-    have counted on so far go into a Batch: no worker is started before that."""
-
-    reason: str
-
-
-class Closed(msgspec.Struct):
-    """Bye has been said: nothing more will happen."""
-
-
-Instruction: TypeAlias = (
-    Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Renewed | Broken | Disinherited | Closed
-)
+#: So many tasks at most are given to another scheduler when one is lost.
+MAX_AGAIN: Final = 1_000_000
 
 
 class ClientTask:
     """One outstanding task. Those of one item that nobody has asked to cancel share a single object, see `PLAIN`."""
 
-    __slots__ = ("cancel_no", "is_run", "kind", "no", "open_items", "state")
+    __slots__ = ("answered", "cancel_no", "function", "is_run", "kind", "no", "open_items", "row", "spent", "state")
 
-    def __init__(self, no: int, state: State, open_items: int) -> None:
+    def __init__(
+        self,
+        no: int,
+        state: State,
+        open_items: int,
+        row: TaskRow | None = None,
+        function: ReceivedFunction | None = None,
+    ) -> None:
         self.no = no
         self.state: State = state
         self.is_run = open_items > 1
@@ -175,6 +92,12 @@ class ClientTask:
         #: Number of the newest cancel request, 0: none is outstanding. Only answers to this one refuse.
         self.cancel_no = 0
         self.kind = CancelKind.RECALL
+        #: Of a task that another scheduler may have again: all that it needs, how many of its retries are used, and
+        #: which ranges (first, count) of a run are answered.
+        self.row = row
+        self.function = function
+        self.spent = 0
+        self.answered: list[tuple[int, int]] = []
 
 
 #: Stands for every task of one item in SENT: a table of 100,000 calls then costs a dictionary and no objects.
@@ -182,9 +105,20 @@ PLAIN: Final = ClientTask(0, SENT, 1)
 
 
 class ClientState:
-    """The outstanding tasks of one client. Not thread-safe: the caller serialises."""
+    """The outstanding tasks of one client. Not thread-safe: the caller serialises.
 
-    def __init__(self) -> None:
+    Args:
+        may_lose_scheduler: Its scheduler may be lost and another one be found, see SessionLost: what has retries is
+            kept for that.
+    """
+
+    def __init__(self, may_lose_scheduler: bool = False) -> None:
+        self._may_lose_scheduler = may_lose_scheduler
+        #: {function_id: the function} where they are kept; those with retries among them, which the scheduler knows.
+        self._functions: dict[int, ReceivedFunction] = {}
+        self._retried: dict[int, ReceivedFunction] = {}
+        #: {no: task} of those that go to the next scheduler, in UNSENT.
+        self._again: dict[int, ClientTask] = {}
         #: {no: ClientTask}: everything submitted and not fully answered.
         self._tasks: dict[int, ClientTask] = {}
         #: Submissions from before the scheduler's Welcome; excludes `_welcome`.
@@ -194,6 +128,8 @@ class ClientState:
         self._lost: str | None = None
         #: The scheduler was lost and another one is to say Welcome; a client that has nothing to do need not wait.
         self._is_between = False
+        #: Why the last session was lost.
+        self._lost_session = ""
         self._closing = False
         self._said_bye = False
         self._last_cancel_no = 0
@@ -216,6 +152,8 @@ class ClientState:
                 self._scheduler_lost(f"the scheduler broke the protocol: {error}")
         elif isinstance(event, Batch):
             self._batch(event)
+        elif isinstance(event, Stranded):
+            self._stranded(event.batch)
         elif isinstance(event, SchedulerLost):
             self._scheduler_lost(event.reason)
         elif isinstance(event, CloseAsked):
@@ -241,7 +179,7 @@ class ClientState:
     def check(self) -> None:
         """Assert the invariants."""
         assert PLAIN.state == SENT and PLAIN.open_items == 1 and not PLAIN.cancel_no
-        unsent = {row[0] for submit in self._backlog for row in submit.tasks}
+        unsent = {row[0] for submit in self._backlog for row in submit.tasks} | set(self._again)
         for no, task in self._tasks.items():
             assert task.open_items > 0, no
             assert (task.state == CANCELING) == bool(task.cancel_no), (no, task.state)
@@ -273,8 +211,10 @@ class ClientState:
             return
         if (tasks or batch.functions or batch.forget) and not self._said_bye:
             submit = TaskSubmit(tasks, batch.functions, batch.forget)
+            if self._may_lose_scheduler and (batch.functions or batch.forget):
+                self._note_functions(batch.functions)
             if self._welcome is None:
-                self._tasks.update((row[0], ClientTask(row[0], UNSENT, row[1])) for row in tasks)
+                self._tasks.update((row[0], self._make_task(row, UNSENT)) for row in tasks)
                 self._backlog.append(submit)
             else:
                 self._send(submit)
@@ -285,10 +225,32 @@ class ClientState:
 
     def _send(self, submit: TaskSubmit) -> None:
         plain = PLAIN
-        self._tasks.update(
-            [(row[0], plain if row[1] == 1 else ClientTask(row[0], SENT, row[1])) for row in submit.tasks]
-        )
+        if self._retried:
+            self._tasks.update([(row[0], self._make_task(row, SENT)) for row in submit.tasks])
+        else:
+            self._tasks.update(
+                [(row[0], plain if row[1] == 1 else ClientTask(row[0], SENT, row[1])) for row in submit.tasks]
+            )
+        if submit.forget and self._functions:
+            self._forget_functions(submit.forget)
         self._out.append(Send(submit))
+
+    def _make_task(self, row: TaskRow, state: State) -> ClientTask:
+        function = self._retried.get(row[2])
+        if function is not None:
+            return ClientTask(row[0], state, row[1], row, function)
+        return PLAIN if row[1] == 1 and state == SENT else ClientTask(row[0], state, row[1])
+
+    def _note_functions(self, functions: list[Function]) -> None:
+        for function in functions:
+            received = self._functions[function.function_id] = ReceivedFunction(function, self._functions.get)
+            if function.options.retries:
+                self._retried[function.function_id] = received
+
+    def _forget_functions(self, function_ids: list[int]) -> None:
+        for function_id in function_ids:
+            self._functions.pop(function_id, None)
+            self._retried.pop(function_id, None)
 
     def _unsend(self, tasks: list[TaskRow], cancels: list[tuple[int, CancelKind]]) -> list[TaskRow]:
         """Drop from `tasks` those that `cancels` names: they are cancelled before anybody heard of them."""
@@ -314,7 +276,8 @@ class ClientState:
 
     def _drop_unsent(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
         # Its row stays in the backlog until the Welcome, for a search here would make cancelling many a slow affair.
-        self._cancelled(task, REST, task.open_items, "CANCELED")
+        was_sent = self._again.pop(task.no, None) is not None
+        self._cancelled(task, REST, task.open_items, "UNCONFIRMED" if was_sent else "CANCELED")
 
     def _ask(self, task: ClientTask, kind: CancelKind, rows: list[tuple[int, int, int]]) -> None:
         self._last_cancel_no += 1
@@ -339,6 +302,11 @@ class ClientState:
             self._confirms(message)
         elif isinstance(message, TaskRunning):
             self._out.append(Running([no for no in message.tasks if no in self._tasks]))
+        elif isinstance(message, TaskRetried):
+            for no, spent in message.tasks:
+                retried = self._tasks.get(no)
+                if retried is not None and retried.row is not None:
+                    retried.spent = max(retried.spent, spent)
         elif isinstance(message, InheritanceLost):
             self._out.append(Disinherited(message.reason))
         elif isinstance(message, WorkersBroken):
@@ -361,10 +329,51 @@ class ClientState:
             raise RemoteProtocolError(f"the scheduler speaks version {message.version}, this client {PROTOCOL_VERSION}")
         self._welcome = message
         self._is_between = False
+        if self._again:
+            self._send_again()
         backlog, self._backlog = self._backlog, []
         for submit in backlog:
             submit.tasks = [row for row in submit.tasks if row[0] in self._tasks]
             self._send(submit)
+
+    def _send_again(self) -> None:
+        """Give the scheduler what its predecessor had. It lets nobody start that before it has been stopped there."""
+        again = [task for _, task in sorted(self._again.items())]
+        self._again = {}
+        functions: dict[int, Function] = {}
+        rows = []
+        for task in again:
+            assert task.row is not None and task.function is not None
+            functions.update((part.function_id, part) for part in task.function.parts)
+            rows.append(task.row)
+            task.state = SENT
+        self._out.append(Send(TasksAgain([(task.no, task.spent, task.answered) for task in again])))
+        # The client's numbers of them are forgotten already, and never used again.
+        self._out.append(Send(TaskSubmit(rows, list(functions.values()), [*functions])))
+
+    def _stranded(self, batch: Batch) -> None:
+        """Take in what was submitted to the scheduler that is lost, and has not been sent."""
+        self._note_functions(batch.functions)
+        lost: list[int] = []
+        for row in self._unsend(batch.tasks, batch.cancels):
+            task = self._make_task(row, UNSENT)
+            if not self._goes_on(task):
+                lost.append(row[0])
+        if lost:
+            self._out.append(Lost(lost, self._lost or self._lost_session))
+        self._functions.clear()
+        self._retried.clear()
+        self._cancel(batch.cancels)
+
+    def _goes_on(self, task: ClientTask) -> bool:
+        """Keep a task for the next scheduler, if another attempt of it may be made."""
+        if self._lost is not None or task.function is None or len(self._again) >= MAX_AGAIN:
+            return False
+        if task.spent >= task.function.function.options.retries:
+            return False
+        task.state = UNSENT
+        self._tasks[task.no] = self._again[task.no] = task
+        return True
 
     def _results(self, results: list[ClientResultRow]) -> None:
         pop = self._tasks.pop
@@ -394,7 +403,7 @@ class ClientState:
 
     def _deliver(self, task: ClientTask, row: ClientResultRow, delivered: list[ClientResultRow]) -> None:
         delivered.append(row)
-        self._answered(task, row[2])
+        self._answered(task, row[1], row[2])
 
     def _finished_first(self, task: ClientTask, row: ClientResultRow, delivered: list[ClientResultRow]) -> None:
         if task.kind is CancelKind.SOFT:
@@ -437,14 +446,16 @@ class ClientState:
     def _cancelled(self, task: ClientTask, first: int, count: int, cause: Cause) -> None:
         self._story.add(self._now, task.no, cause, task.state, task.state, f"items {first}+{count}")
         self._out.append(Cancelled([(task.no, first, count, cause)]))
-        self._answered(task, count)
+        self._answered(task, first, count)
 
-    def _answered(self, task: ClientTask, count: int) -> None:
+    def _answered(self, task: ClientTask, first: int, count: int) -> None:
         if count < 1 or count > task.open_items:
             raise RemoteProtocolError(
                 f"{count} items answered of the {task.open_items} outstanding ones of task {task.no}"
             )
         task.open_items -= count
+        if task.row is not None and task.open_items:
+            task.answered.append((first, count))
         if task.open_items == 0:
             del self._tasks[task.no]
             self._out.append(Finished([task.no]))
@@ -455,6 +466,7 @@ class ClientState:
             self._lose_all(reason)
             self._welcome = None
             self._is_between = True
+            self._lost_session = reason
             self._out.append(Renewed(reason))
 
     def _scheduler_lost(self, reason: str) -> None:
@@ -464,18 +476,19 @@ class ClientState:
 
     def _lose_all(self, reason: str) -> None:
         self._backlog.clear()
+        self._again.clear()
         tasks, self._tasks = self._tasks, {}
         cancelled: list[tuple[int, int, int, Cause]] = []
         lost: list[int] = []
         for no, task in tasks.items():
             if task.state == CANCELING:
                 cancelled.append((no, REST, task.open_items, "UNCONFIRMED"))
-            else:
+            elif not self._goes_on(task):
                 lost.append(no)
         if cancelled:
             self._out.append(Cancelled(cancelled))
         self._out.append(Lost(lost, reason))
-        self._out.append(Finished(list(tasks)))
+        self._out.append(Finished([no for no in tasks if no not in self._tasks]))
 
 
 _Cell: TypeAlias = Callable[..., None]
@@ -500,3 +513,33 @@ _TABLE: dict[str, dict[str, _Cell]] = {
     },
 }
 TABLE: Final = _TABLE
+
+__all__ = [
+    "EVENTS",
+    "PLAIN",
+    "REST",
+    "TABLE",
+    "Batch",
+    "Broken",
+    "CancelRefused",
+    "Cancelled",
+    "Cause",
+    "ClientState",
+    "ClientTask",
+    "CloseAsked",
+    "Closed",
+    "Deliver",
+    "Disinherited",
+    "Event",
+    "Finished",
+    "Instruction",
+    "LocalProtocolError",
+    "Lost",
+    "Received",
+    "RemoteProtocolError",
+    "Renewed",
+    "Running",
+    "SchedulerLost",
+    "Send",
+    "Stranded",
+]

@@ -38,6 +38,7 @@ def check_function(function: Function) -> None:
         0 < function.function_id <= MAX_FUNCTION_ID
         and 0 <= function.style <= max(CallStyle)
         and options.retries >= 0
+        and (options.timeout_s is None or options.timeout_s > 0)
         and (grace_s is None or grace_s >= 0)  # which is false for what is not a number
         and len(function.needs) <= MAX_CLIENT_FUNCTIONS
         and 0 not in function.needs

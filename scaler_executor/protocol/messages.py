@@ -18,6 +18,10 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from scaler_executor.protocol.status_rows import AgentStatus as AgentStatus
+from scaler_executor.protocol.status_rows import CallStatus as CallStatus
+from scaler_executor.protocol.status_rows import ClientStatus as ClientStatus
+
 PROTOCOL_VERSION: Final = 1
 
 #: A task_id is `client_id << CLIENT_ID_SHIFT | no`: room for 2**40 items a client and 2**23 clients in a signed
@@ -84,6 +88,7 @@ class ResultKind(IntEnum):
     DIED = 2  # msgpack of a `DeathReport`: the worker died in this item
     BROKEN = 3  # utf-8 text: no worker can be started, and why
     LOST = 4  # utf-8 text: it was not started, and will not be: why
+    TIMED_OUT = 5  # utf-8 text without the call's name: it ran for longer than its timeout, and was stopped
 
 
 class CallStyle(IntEnum):
@@ -97,13 +102,12 @@ class CallStyle(IntEnum):
 
 
 class Options(msgspec.Struct, array_like=True, frozen=True):
-    """What holds for each call of a function as it was registered; only `cancel_grace_s` and `retries` have an effect
-    today."""
+    """What holds for each call of a function as it was registered."""
 
-    retries: int = 0
-    timeout_s: float | None = None
-    priority: int = 0
-    cancel_grace_s: float | None = None
+    retries: int = 0  # after the death of its worker, or the loss of its agent or scheduler
+    timeout_s: float | None = None  # of running; None: no limit. Its tasks have one item each
+    priority: int = 0  # higher first, among the client's own
+    cancel_grace_s: float | None = None  # None: the agent's
 
 
 class Function(msgspec.Struct, array_like=True):
@@ -123,6 +127,16 @@ class Function(msgspec.Struct, array_like=True):
     version: int = 0  # of a definition: a worker takes only what is newer than what it has
 
 
+class EarlierDeath(msgspec.Struct, array_like=True):
+    """What is left of a `DeathReport` when its call has been tried again."""
+
+    reason: str
+    exit_code: int | None = None
+    host: str = ""
+    pid: int = 0
+    attempt: int = 1
+
+
 class DeathReport(msgspec.Struct, array_like=True):
     """Why a worker is gone, for `WorkerDiedError`."""
 
@@ -134,6 +148,7 @@ class DeathReport(msgspec.Struct, array_like=True):
     attempt: int = 1
     peak_memory_bytes: int = 0
     story: str = ""
+    earlier: list[EarlierDeath] = []  # the attempts before this one, the latest ones of many
 
 
 #: Client to scheduler, one submitted task: (no, items, function_id, payload).
@@ -157,6 +172,9 @@ AgentResultRow: TypeAlias = tuple[int, int, int, int, int, WirePayload]
 SplitRow: TypeAlias = tuple[int, int, int]
 #: Agent to scheduler: (task_id, attempt, report). The worker died in this task's first outstanding item.
 DeathRow: TypeAlias = tuple[int, int, DeathReport]
+#: Client to scheduler: (no, spent, done). Task `no`, which follows, has been submitted to a scheduler that is lost;
+#: `spent` of its retries are used, and the item ranges (first, count) of `done` are answered.
+AgainRow: TypeAlias = tuple[int, int, list[tuple[int, int]]]
 #: Agent to worker: (seq, items, skip, function_id, payload). `seq` numbers the calls of one worker, from 1.
 WorkerCallRow: TypeAlias = tuple[int, int, int, int, WirePayload]
 
@@ -346,36 +364,6 @@ class StatusAsk(Message, tag=26):
     """Observer to scheduler: what is going on?"""
 
 
-class AgentStatus(msgspec.Struct):
-    """A machine: `held` tasks are there, queued or running, since `age_s` seconds."""
-
-    name: str
-    workers: int
-    held: int
-    age_s: float
-
-
-class ClientStatus(msgspec.Struct):
-    """A client, with the calls of its that run and the items that wait."""
-
-    client_id: int
-    name: str
-    running: int
-    queued: int
-    age_s: float
-
-
-class CallStatus(msgspec.Struct):
-    """A call, or run of `items`, that has been seen running for `age_s` seconds."""
-
-    client_id: int
-    no: int
-    function: str
-    age_s: float
-    items: int
-    agent: str
-
-
 class StatusReport(Message, tag=27):
     """Scheduler to observer. `calls` are the oldest ones of the `running`; `done` and `rate` count items."""
 
@@ -420,6 +408,18 @@ class ClientLimited(Message, tag=40):
 
     client_id: int
     limit_no: int
+
+
+class TaskRetried(Message, tag=41):
+    """Scheduler to client: so many of the retries of these tasks are used, (no, spent)."""
+
+    tasks: list[tuple[int, int]]
+
+
+class TasksAgain(Message, tag=42):
+    """Client to scheduler, before the TaskSubmit of these tasks: others may still be stopping them."""
+
+    tasks: list[AgainRow]
 
 
 class WorkerRun(Message, tag=22):
@@ -509,13 +509,14 @@ class WorkerExited(Message, tag=38):
     peak_memory_bytes: int = 0
 
 
-ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel | InheritanceReplaced
+ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TasksAgain | TaskCancel | InheritanceReplaced
 ToClientMessage: TypeAlias = (
     Welcome
     | Refused
     | TaskResult
     | TaskCancelConfirm
     | TaskRunning
+    | TaskRetried
     | WorkersBroken
     | InheritanceLost
     | SessionLost

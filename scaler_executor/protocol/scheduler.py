@@ -35,11 +35,13 @@ from scaler_executor.protocol.messages import (
     TaskDied,
     TaskReturned,
     TaskRunning,
+    TasksAgain,
     TaskSplit,
     TaskSubmit,
     Welcome,
     WorkersBroken,
 )
+from scaler_executor.protocol.priorities import with_priorities
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_events import (
     Congested,
@@ -56,14 +58,11 @@ from scaler_executor.protocol.scheduler_events import (
 from scaler_executor.protocol.scheduler_limits import Limits
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import (
-    CANCELING,
     FENCING,
     QUEUED,
-    RECALLING,
     Agent,
     Client,
     Observer,
-    Seat,
     Task,
 )
 from scaler_executor.protocol.scheduler_status import InquiryDesk
@@ -82,6 +81,7 @@ from scaler_executor.protocol.scheduler_tasks import (
 FENCE_S: Final = 10.0
 
 ERROR: Final = int(ResultKind.ERROR)
+TIMED_OUT: Final = int(ResultKind.TIMED_OUT)
 #: The highest number of an item, and of a client: see `CLIENT_ID_SHIFT`.
 MAX_NO: Final = (1 << CLIENT_ID_SHIFT) - 1
 MAX_CLIENT_ID: Final = (1 << 63 - CLIENT_ID_SHIFT) - 1
@@ -110,8 +110,8 @@ class SchedulerState:
         #: {peer: Client, Agent or Observer}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent | Observer] = {}
         self._desk = InquiryDesk(self._peers, self._tasks, self._output, python)
-        #: When the tasks in FENCING of an agent are decided, earliest first.
-        self._fences: list[tuple[float, list[Task], Agent]] = []
+        #: When the tasks in FENCING of an agent, or of those of another scheduler, are decided, earliest first.
+        self._fences: list[tuple[float, list[Task], Agent | None]] = []
         self._last_client_id = 0
         #: Why nothing is started any more, or None.
         self._closing: str | None = None
@@ -147,7 +147,8 @@ class SchedulerState:
             _, tasks, agent = self._fences.pop(0)
             for task in tasks:
                 self._tasks.step(task, "FENCE_DUE")
-            self._limits.agent_stopped(agent)
+            if agent is not None:
+                self._limits.agent_stopped(agent)
         if self._limits.is_due:
             self._limits.divide()
         if self._closing is not None:
@@ -174,37 +175,16 @@ class SchedulerState:
 
     def check(self) -> None:
         """Assert the invariants."""
-        held: dict[Seat, int] = {seat: 0 for agent in self._assignment.agents for seat in agent.seats.values()}
-        queued = {id(task) for client in self._peers.values() if isinstance(client, Client) for task in client.queue}
-        fenced = {id(task) for _, tasks, _ in self._fences for task in tasks}
-        for task_id, task in self._tasks.by_id.items():
-            assert task.task_id == task_id
-            assert 0 <= task.start < task.items, (task_id, task.start, task.items)
-            assert (task.seat is None) == (task.state in (QUEUED, FENCING)), (task_id, task.state)
-            assert bool(task.agent_cancel_no) == (task.state in (RECALLING, CANCELING)), (task_id, task.state)
-            assert not task.user_cancel_no or task.state in (CANCELING, FENCING), (task_id, task.state)
-            assert task.state != QUEUED or id(task) in queued, task_id
-            assert task.state != FENCING or id(task) in fenced, task_id
-            assert not task.client.gone or task.state in (CANCELING, FENCING), (task_id, task.state)
-            assert not task.client.gone or task.client in self._tasks.leaving
-            assert task.state != QUEUED or not task.recall_refused
-            assert task.no not in task.client.runs or task.client.runs[task.no][task_id] is task
-            if task.seat is not None:
-                assert task.seat.client is task.client, task_id
-                held[task.seat] += 1
-        for seat, count in held.items():
-            assert len(seat.tasks) == count, (seat.agent.peer, seat.tasks, count)
-            assert not seat.client.gone or seat.client in self._tasks.leaving
+        clients = [peer for peer in self._peers.values() if isinstance(peer, Client)]
+        self._tasks.check(
+            {id(task) for client in clients for task in client.queue},
+            {id(task) for _, tasks, _ in self._fences for task in tasks},
+        )
         self._assignment.check()
-        for limited in self._limits.clients.values():
-            in_use = [agent.seats[limited].in_use for agent in self._assignment.agents if limited in agent.seats]
-            assert limited.max_running is None or sum(in_use) + limited.out_of_reach <= limited.max_running, in_use
-        for client in self._peers.values():
-            if isinstance(client, Client):
-                assert client in self._assignment.ready or not any(task.state == QUEUED for task in client.queue)
-                assert all(client.runs.values())
-        for client in self._tasks.leaving:
-            assert 0 < client.tasks_left == sum(task.client is client for task in self._tasks.by_id.values())
+        self._limits.check()
+        for client in clients:
+            assert client in self._assignment.ready or not any(task.state == QUEUED for task in client.queue)
+            assert all(client.runs.values())
         assert not self._output.touched
 
     @property
@@ -283,11 +263,14 @@ class SchedulerState:
             fenced: list[Task] = []
             for task in reversed(peer.tasks()):
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
-            if fenced:
-                # It may have been silent for long already; then it has stopped by now.
-                fence = (self._output.now + max(0.0, FENCE_S - unheard_s), fenced, peer)
-                bisect.insort(self._fences, fence, key=lambda fence: fence[0])
+            # It may have been silent for long already; then it has stopped by now.
+            self._fence(FENCE_S - unheard_s, fenced, peer)
             self._check_broken()
+
+    def _fence(self, after_s: float, tasks: list[Task], agent: Agent | None) -> None:
+        if tasks:
+            fence = self._output.now + max(0.0, after_s), tasks, agent
+            bisect.insort(self._fences, fence, key=lambda fence: fence[0])
 
     def _drain(self, reason: str) -> None:
         self._closing = reason
@@ -348,6 +331,8 @@ class SchedulerState:
         elif isinstance(message, TaskCancel):
             for no, cancel_no, kind in message.cancels:
                 self._cancel(client, no, cancel_no, kind)
+        elif isinstance(message, TasksAgain):
+            self._tasks.note_again(client, message.tasks)
         elif isinstance(message, InheritanceReplaced):
             message.client_id = client.client_id
             for agent in self._assignment.agents:
@@ -368,9 +353,11 @@ class SchedulerState:
         for function in message.functions:
             check_function(function)
             functions[function.function_id] = ReceivedFunction(function, functions.get)
+            if function.options.priority:
+                client.queue = with_priorities(client.queue)
         if len(functions) > MAX_CLIENT_FUNCTIONS:
             raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
-        held_bytes = client.held_bytes
+        held_bytes, fenced = client.held_bytes, list[Task]()
         base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
         for no, items, function_id, payload in message.tasks:
             if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
@@ -384,12 +371,20 @@ class SchedulerState:
                 client.results.append((no, 0, items, kind, (client.broken or self._closing or "").encode()))
                 self._output.touched[client] = None
                 continue
-            task = tasks[base + no] = Task(base + no, client, no, 0, items, 0, used, payload)
+            task = Task(base + no, client, no, 0, items, 0, used, payload)
             if items > 1:
+                if used.function.options.timeout_s is not None:
+                    raise RemoteProtocolError(f"task {no} of {items} items has a timeout")
                 client.runs[no] = {task.task_id: task}
+            if client.again and no in client.again:
+                if not self._tasks.fence_again(task, fenced):
+                    continue  # its head is done, with which what it takes here would be let go
+            else:
+                tasks[base + no] = task
+                append(task)
             held_bytes += len(payload) + TASK_BYTES  # type: ignore[arg-type]
-            append(task)
         client.held_bytes = held_bytes
+        self._fence(FENCE_S, fenced, None)
         if self._max_client_bytes is not None and held_bytes > self._max_client_bytes and client not in self._held:
             self._held.append(client)
             self._output.instructions.append(Hold(client.peer, True))
@@ -425,7 +420,7 @@ class SchedulerState:
             task = by_id.get(task_id)
             if task is None or (seat := task.seat) is None or seat.agent is not agent or task.attempt != attempt:
                 self.stale += 1
-            elif kind and kind != ERROR:  # VALUE is 0
+            elif kind and kind != ERROR and kind != TIMED_OUT:  # VALUE is 0
                 raise RemoteProtocolError(f"result of kind {kind}, task {task_id}")
             else:
                 items += count

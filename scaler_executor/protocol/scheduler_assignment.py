@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from scaler_executor.protocol.functions import ReceivedFunction
+from scaler_executor.protocol.priorities import PriorityQueue
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import ASSIGNED, QUEUED, Agent, Client, Seat, Task
 
@@ -39,6 +40,8 @@ class Assignment:
         self._output = output
         #: Clients in `ready` that may find room anywhere. For the others all agents have been looked at in vain.
         self._fresh: dict[Client, None] = {}
+        #: Those in `ready` that have given their calls priorities: their room depends on what is first in their queue.
+        self._ranked: dict[Client, None] = {}
         #: {client: heap of (rank, order, agent)} where fresh clients may find room, if not at the head of `_by_load`.
         self._prospects: dict[Client, list[tuple[float, int, Agent]]] = {}
         #: Agents of which something has changed since the last `pump`: only there may the others find room.
@@ -81,6 +84,8 @@ class Assignment:
             client.is_ready = True
             self.ready.append(client)
             self._fresh[client] = None
+        if type(client.queue) is PriorityQueue and client.is_ready:
+            self._fresh[client] = self._ranked[client] = None
 
     def refresh(self, client: Client) -> None:
         """Look for room for `client` everywhere again: something has changed for it."""
@@ -178,7 +183,7 @@ class Assignment:
     def _fill_up(self) -> None:
         """Give the clients that have less somewhere than before what they may have there."""
         for agent in list(self._changed):
-            for client in agent.released:
+            for client in [*agent.released, *self._ranked]:
                 while client.is_ready:
                     if not self._has_queued(client):
                         self._leave(client)
@@ -191,7 +196,9 @@ class Assignment:
 
     def _give(self, seat: Seat, room: int) -> None:
         turn = room if len(self.ready) == 1 else min(room, TURN_TASKS)
-        if len(self.agents) > 1:
+        if type(seat.client.queue) is PriorityQueue:
+            turn = 1  # the room is that of the first one
+        elif len(self.agents) > 1:
             turn = min(turn, max(1, seat.agent.workers if seat.quota is None else seat.quota))
         self._assign(seat, turn)
         self._weigh(seat.agent)
@@ -201,6 +208,7 @@ class Assignment:
         """End the turns of a client that has nothing queued."""
         self.ready.remove(client)
         self._fresh.pop(client, None)
+        self._ranked.pop(client, None)
         client.is_ready = False
 
     def _pump_only(self) -> bool:
@@ -211,6 +219,8 @@ class Assignment:
         client = ready[0]
         seat = agent.seats.get(client)
         if seat is None or len(agent.seats) > 1 or len(ready) > 1 or agent.broken_for or client.max_running is not None:
+            return False
+        if type(client.queue) is PriorityQueue:
             return False
         self._fresh.pop(client, None)
         if client.is_congested:
@@ -300,6 +310,9 @@ class Assignment:
             return 0
         held = len(seat.tasks)
         room = capacity - agent.held
+        if type(client.queue) is PriorityQueue and client.queue:
+            # What the agent holds of lower priority keeps nothing away that it is to start first.
+            room += client.queue.rank * agent.workers
         others = agent.clients_here - (held > 0)
         if others:
             # Its part, whatever others have taken of it: they get nothing more until they are below theirs.
@@ -400,6 +413,7 @@ class Assignment:
             held = [len(seat.tasks) for seat in agent.seats.values()]
             assert agent.held == sum(held), agent.peer
             assert agent.clients_here == sum(map(bool, held)), agent.peer
+            assert all(seat.client.tasks_left for seat in agent.seats.values() if seat.client.gone), agent.peer
             if len(self.agents) > 1:
                 assert agent.load < 0.0 or (agent.load, agent) in entries, agent.peer
                 assert (agent in self._deep) == (agent.held > agent.workers), agent.peer

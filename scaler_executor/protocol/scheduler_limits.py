@@ -63,6 +63,12 @@ class Limits:
             seat.client.out_of_reach -= seat.in_use
         self.is_due = True
 
+    def check(self) -> None:
+        """Assert that no client can have more running than it may."""
+        for client in self.clients.values():
+            in_use = [agent.seats[client].in_use for agent in self._agents if client in agent.seats]
+            assert client.max_running is None or sum(in_use) + client.out_of_reach <= client.max_running, in_use
+
     def _divide(self, client: Client, max_running: int) -> None:
         parts = self._parts(client, max_running)
         seats = [agent.seat(client) for agent in self._agents]

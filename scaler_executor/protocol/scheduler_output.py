@@ -11,6 +11,7 @@ from scaler_executor.protocol.messages import (
     TaskCancel,
     TaskCancelConfirm,
     TaskResult,
+    TaskRetried,
     TaskRun,
     TaskRunning,
 )
@@ -46,6 +47,9 @@ class SchedulerOutput:
                 if peer.confirms:
                     instructions.append(Send(peer.peer, TaskCancelConfirm(peer.confirms)))
                     peer.confirms = []
+                if peer.retried:
+                    instructions.append(Send(peer.peer, TaskRetried(peer.retried)))
+                    peer.retried = []
                 if peer.running:
                     instructions.append(Send(peer.peer, TaskRunning(peer.running)))
                     peer.running = []

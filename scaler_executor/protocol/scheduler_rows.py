@@ -17,9 +17,11 @@ from scaler_executor.protocol.messages import (
     ClientConfirmRow,
     ClientLimit,
     ClientResultRow,
+    EarlierDeath,
     Function,
     RunRow,
 )
+from scaler_executor.protocol.priorities import PriorityQueue
 
 State = Literal["QUEUED", "ASSIGNED", "RECALLING", "CANCELING", "FENCING", "GONE"]
 QUEUED: Final = "QUEUED"
@@ -41,8 +43,11 @@ class Task:
     seat: Seat | None = None
     #: Number of the current attempt. What an agent says of another one is stale.
     attempt: int = 1
-    #: How often it was tried and lost its worker so far.
+    #: How often it was tried and lost its worker so far, and what became of those attempts.
     deaths: int = 0
+    earlier: tuple[EarlierDeath, ...] = ()
+    #: A lost scheduler had it before; until it is in QUEUED here.
+    is_again: bool = False
     #: Items answered, from the front. The others are outstanding.
     start: int = 0
     #: Newest cancel request to the agent; only set in RECALLING and CANCELING.
@@ -113,7 +118,7 @@ class Client:
         self.base = client_id << CLIENT_ID_SHIFT
         self.functions: dict[int, ReceivedFunction] = {0: _NO_FUNCTION}
         #: Tasks in QUEUED, next first, among entries that are GONE.
-        self.queue: deque[Task] = deque()
+        self.queue: deque[Task] | PriorityQueue[Task] = deque()
         #: {no: {task_id: Task}} of the submitted runs of more than one item: the tasks that a run has become.
         self.runs: dict[int, dict[int, Task]] = {}
         self.last_no = 0
@@ -134,6 +139,9 @@ class Client:
         self.results: list[ClientResultRow] = []
         self.confirms: list[ClientConfirmRow] = []
         self.running: list[int] = []
+        self.retried: list[tuple[int, int]] = []
+        #: {no: (spent, done)} of the tasks to come that it has submitted to another scheduler before, see `AgainRow`.
+        self.again: dict[int, tuple[int, list[tuple[int, int]]]] = {}
 
 
 class Observer:

@@ -22,7 +22,14 @@ import msgspec
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.machine import Story, forbidden, peer_error
-from scaler_executor.protocol.messages import CancelKind, DeathReport, ResultKind, TaskCancelConfirmType
+from scaler_executor.protocol.messages import (
+    AgainRow,
+    CancelKind,
+    DeathReport,
+    EarlierDeath,
+    ResultKind,
+    TaskCancelConfirmType,
+)
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import (
@@ -33,11 +40,16 @@ from scaler_executor.protocol.scheduler_rows import (
     QUEUED,
     RECALLING,
     Client,
+    Seat,
     Task,
 )
 
 #: What a task takes besides its payload, roughly.
 TASK_BYTES: Final = 500
+#: A client that has lost its scheduler brings no more tasks than this along.
+MAX_AGAIN: Final = 1_000_000
+#: So many of the attempts before the last one are told of.
+MAX_EARLIER: Final = 20
 CANCELED: Final = TaskCancelConfirmType.CANCELED
 NOT_FOUND: Final = TaskCancelConfirmType.CANCEL_NOT_FOUND
 FAILED: Final = TaskCancelConfirmType.CANCEL_FAILED
@@ -80,6 +92,66 @@ class SchedulerTasks:
     def fail(self, task: Task, kind: ResultKind, reason: str) -> None:
         """Answer for a task that will not be started: BROKEN or LOST."""
         self._forward(task, task.start, task.open_items, kind, reason.encode())
+
+    def note_again(self, client: Client, rows: list[AgainRow]) -> None:
+        """Note what another scheduler had and is now to come to this one."""
+        client.again.update((no, (spent, done)) for no, spent, done in rows)
+        if len(client.again) > MAX_AGAIN:
+            raise RemoteProtocolError(f"more than {MAX_AGAIN} tasks again")
+
+    def fence_again(self, task: Task, fenced: list[Task]) -> bool:
+        """Take in a task that another scheduler had, where it may have been started: put what is left of it in FENCING,
+        tasks for the items between those that are done. Return whether its first item is among them.
+
+        Raises:
+            RemoteProtocolError: That cannot be.
+        """
+        client, start = task.client, 0
+        spent, done = client.again.pop(task.no)
+        left: list[Task] = []
+        if spent < 0 or (done and task.items == 1):
+            raise RemoteProtocolError(f"task {task.no} again, {spent} retries spent, items {done} done")
+        for first, count in [*sorted(done), (task.items, 0)]:
+            if first < start or count < 0 or first + count > task.items:
+                raise RemoteProtocolError(f"task {task.no} of {task.items} items again, items {done} done")
+            if first > start:
+                piece = Task(
+                    task.task_id + start, client, task.no, start, first - start, start, task.function, task.payload
+                )
+                piece.state, piece.deaths, piece.attempt, piece.is_again = FENCING, spent, spent + 1, True
+                left.append(piece)
+            start = first + count
+        if not left:
+            raise RemoteProtocolError(f"task {task.no} again, all of which is done")
+        self.by_id.update((piece.task_id, piece) for piece in left)
+        if task.items > 1:
+            client.runs[task.no] = {piece.task_id: piece for piece in left}
+        fenced += left
+        return not left[0].offset
+
+    def check(self, queued: set[int], fenced: set[int]) -> None:
+        """Assert the invariants, given the identities of what stands in the clients' queues and waits for a fence."""
+        held: dict[Seat, int] = {}
+        for task_id, task in self.by_id.items():
+            assert task.task_id == task_id
+            assert 0 <= task.start < task.items, (task_id, task.start, task.items)
+            assert (task.seat is None) == (task.state in (QUEUED, FENCING)), (task_id, task.state)
+            assert bool(task.agent_cancel_no) == (task.state in (RECALLING, CANCELING)), (task_id, task.state)
+            assert not task.user_cancel_no or task.state in (CANCELING, FENCING), (task_id, task.state)
+            assert task.state != QUEUED or id(task) in queued, task_id
+            assert task.state != FENCING or id(task) in fenced, task_id
+            assert not task.client.gone or task.state in (CANCELING, FENCING), (task_id, task.state)
+            assert not task.client.gone or task.client in self.leaving
+            assert task.state != QUEUED or not task.recall_refused
+            assert task.no not in task.client.runs or task.client.runs[task.no][task_id] is task
+            if task.seat is not None:
+                assert task.seat.client is task.client, task_id
+                assert task.seat.tasks[task_id] is task, task_id
+                held[task.seat] = held.get(task.seat, 0) + 1
+        for seat, count in held.items():
+            assert len(seat.tasks) == count, (seat.agent.peer, seat.tasks, count)
+        for client in self.leaving:
+            assert 0 < client.tasks_left == sum(task.client is client for task in self.by_id.values())
 
     # Cells of the table. Each takes the task and what the event carries.
 
@@ -154,11 +226,17 @@ class SchedulerTasks:
 
     def _retry_or_fail(self, task: Task, report: DeathReport) -> None:
         task.deaths += 1
+        report.attempt = task.attempt
         if task.deaths <= task.function.function.options.retries:
+            earlier = EarlierDeath(report.reason, report.exit_code, report.host, report.pid, report.attempt)
+            task.earlier = (*task.earlier[1 - MAX_EARLIER :], earlier)
             task.state, task.agent_cancel_no, task.running_since = ASSIGNED, 0, None
+            # A client that loses this scheduler must know how often it may still have it tried by another.
+            task.client.retried.append((task.no, task.deaths))
+            self._touched[task.client] = None
             self._requeue(task, new_attempt=True)
             return
-        report.attempt = task.attempt
+        report.earlier = list(task.earlier)
         payload = msgspec.msgpack.encode(report)
         self._forward(task, task.start, task.open_items, ResultKind.DIED, payload)
 
@@ -213,7 +291,8 @@ class SchedulerTasks:
             self._answer(task, task.user_cancel_no, CANCELED, proven=False)
             self._forget(task)
         else:
-            self._retry_or_fail(task, DeathReport(reason="the machine that ran it is out of reach"))
+            what = "scheduler that had it was lost" if task.is_again else "machine that ran it is out of reach"
+            self._retry_or_fail(task, DeathReport(reason=f"the {what}"))
 
     def _stop_unheard(self, task: Task) -> None:
         task.state, task.user_cancel_no, task.kind = CANCELING, 0, CancelKind.FORCED
@@ -277,7 +356,7 @@ class SchedulerTasks:
             task.function,
             task.payload,
         )
-        tail.attempt, tail.deaths = task.attempt, task.deaths
+        tail.attempt, tail.deaths, tail.earlier = task.attempt, task.deaths, task.earlier
         task.items = at
         self.by_id[tail.task_id] = tail
         task.client.runs[task.no][tail.task_id] = tail
@@ -297,7 +376,7 @@ class SchedulerTasks:
             self._assignment.release(task)
         if new_attempt:
             task.attempt += 1
-        task.state, task.recall_refused = QUEUED, False
+        task.state, task.recall_refused, task.is_again = QUEUED, False, False
         if client.broken is not None:
             self.fail(task, ResultKind.BROKEN, client.broken)
             return

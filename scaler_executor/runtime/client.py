@@ -20,30 +20,26 @@ must learn of that call in any case, and exactly once, even if Ctrl-C hits anywh
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scaler_executor.defaults import DefaultTimeout
-from scaler_executor.future import CancelOutcome, ScalerFuture, cancel_all, make_future
+from scaler_executor.future import ScalerFuture, cancel_all, make_future
 from scaler_executor.protocol.client import (
-    REST,
     Batch,
     Broken,
     Cancelled,
     CancelRefused,
-    Cause,
     ClientState,
     CloseAsked,
     Closed,
@@ -58,20 +54,17 @@ from scaler_executor.protocol.client import (
     Running,
     SchedulerLost,
     Send,
+    Stranded,
 )
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.machine import unreachable
 from scaler_executor.protocol.messages import (
     CallStyle,
     CancelKind,
-    ClientResultRow,
-    DeathReport,
     Function,
     Hello,
-    Message,
     Options,
     Payload,
-    ResultKind,
     TaskRow,
     TaskSubmit,
     ToClientMessage,
@@ -79,74 +72,31 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
+from scaler_executor.runtime.ending import MANAGERS
 from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
-from scaler_executor.runtime.namespace import Definition, MainDefinitions, Needs
+from scaler_executor.runtime.interfaces import Cluster, Run
+from scaler_executor.runtime.namespace import Definition, Needs
+from scaler_executor.runtime.outbox import Outbox
+from scaler_executor.runtime.outstanding import Outstanding
 from scaler_executor.runtime.platform import FAULTS, Bell
-from scaler_executor.runtime.results import LOST
-from scaler_executor.runtime.transport import StreamReader, StreamWriter
+from scaler_executor.runtime.refusals import (
+    make_lost_error,
+    make_start_error,
+    refuse_after_shutdown,
+    refuse_at_exit,
+    refuse_child,
+)
+from scaler_executor.runtime.terms import NO_OPTIONS, Terms, TermsTable
+from scaler_executor.runtime.transport import StreamReader
 
 if TYPE_CHECKING:
-    import socket
+    from scaler_executor.runtime.view import ClientView
 
-#: A TaskSubmit carries at most so many tasks: the scheduler starts on the first while the next is being encoded.
-TASKS_PER_MESSAGE: Final = 1000
-#: After so many messages the I/O thread looks for answers before it sends more.
-MESSAGES_PER_TURN: Final = 16
 #: A caller writes its call itself up to this size.
 DIRECT_BYTES: Final = 1 << 14
 #: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
 #: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
-
-
-class Cluster(Protocol):
-    """What the client needs of the processes that it owns."""
-
-    socket: socket.socket
-    death_fd: int
-    main: MainDefinitions
-    #: For each function, where it is not the cluster's own.
-    cancel_grace_s: float | None
-    #: Callers wait while more than this could not be sent; None: they never do.
-    max_unsent_bytes: int | None
-    #: Whether a client's thread waits for its end.
-    has_owner: bool
-
-    def start(self) -> Payload | None:
-        """Have workers started from now on. Called once, unless it raises. Return what they do before the first call,
-        see `worker.Setup`, if they do not know."""
-
-    def join(self) -> str:
-        """Wait until the processes are gone, release everything, return how they ended."""
-        ...
-
-    def kill(self) -> None:
-        """Kill the processes."""
-
-    def close(self) -> None:
-        """Close the descriptors, nothing else."""
-
-
-class Run(Protocol):
-    """The items of a map that were submitted together. Called by the I/O thread."""
-
-    task_no: int
-
-    @property
-    def is_over(self) -> bool:
-        """Whether each item has a result or is cancelled."""
-        ...
-
-    @property
-    def over(self) -> threading.Event:
-        """Is set when the run is over."""
-        ...
-
-    def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
-        """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
-
-    def set_items_cancelled(self, first: int, count: int) -> None:
-        """Note that these items end cancelled; `first` as above."""
 
 
 class _Direct:
@@ -173,9 +123,10 @@ class ClientFutureManager:
     Args:
         cluster: Is started with the first call; the client waits for its end.
         cancel_timeout_s: How long `cancel()` waits by default, None for no limit.
+        options: Of its calls, where a view has no others.
     """
 
-    def __init__(self, cluster: Cluster, *, cancel_timeout_s: float | None) -> None:
+    def __init__(self, cluster: Cluster, *, cancel_timeout_s: float | None, options: Options = NO_OPTIONS) -> None:
         self.cancel_timeout_s = cancel_timeout_s
         self._main = main = cluster.main
         self.pickler = pickler = CallPickler(main)
@@ -190,7 +141,13 @@ class ClientFutureManager:
         self._start_lock = threading.RLock()
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
-        self._functions = FunctionTable(pickler, main, options=Options(cancel_grace_s=cluster.cancel_grace_s))
+        self._functions = FunctionTable(pickler, main)
+        self._terms_table = TermsTable()
+        if cluster.cancel_grace_s is not None:
+            options = msgspec.structs.replace(options, cancel_grace_s=cluster.cancel_grace_s)
+        #: What holds for calls that come without a view.
+        self.terms = self._terms_table.make(options)
+        self._calls = self.terms.calls
         #: Ids that have not been forgotten. Under `_lock`.
         self._live_functions: set[int] = set()
         #: Under `_lock`.
@@ -202,34 +159,26 @@ class ClientFutureManager:
         self._direct: _Direct | None = None
         #: {no: future}, {no: run}: everything that has no final answer. Added to under `_lock`, removed from by the I/O
         #: thread.
-        self._futures: dict[int, ScalerFuture[Any]] = {}
-        self._runs: dict[int, Run] = {}
+        self._outstanding = Outstanding()
+        self._futures, self._runs = self._outstanding.futures, self._outstanding.runs
         self._close_asked = False
         self._is_exiting = False
-        #: Whether any call is known to have started.
-        self._has_begun = False
-        #: Whether the user has killed the workers: then calls end with that, and not with the loss of the scheduler.
-        self._is_killed = False
         #: Whether the I/O thread has ended and the bell is gone. Under `_lock`.
         self._has_ended = False
 
         #: Held by whoever uses the socket, the encoders or `_state`.
         self._io_lock = threading.RLock()
-        self._state = ClientState()
-        self._encoder = Encoder()
+        self._state = ClientState(may_lose_scheduler=cluster.may_be_renewed)
+        self._outbox = Outbox(cluster.socket, counts=cluster.max_unsent_bytes is not None)
         self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage)
         self._reader = StreamReader(cluster.socket)
-        self._writer = StreamWriter(cluster.socket)
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])
-        #: Messages, each with the bytes of payload in it where these are limited.
-        self._outgoing: deque[tuple[Message, int]] = deque([(self._hello, 0)])
-        #: Where they are limited: bytes of payload in `_outgoing`, whether callers wait, and for what. Changed by the
-        #: I/O thread.
-        self._outgoing_bytes = 0
+        self._outbox.queue(self._hello)
+        #: Where unsent bytes are limited: whether callers wait, and for what. Changed by the I/O thread.
         self._is_full = False
         self._has_room = threading.Event()
-        #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outgoing` or `_writer`.
+        #: Whether the scheduler has said Welcome and waits for nothing that is still in `_outbox`.
         self._is_direct_possible = False
         self._is_welcome = False
         #: The state has said Bye, or knows that the scheduler is lost: it takes no more events.
@@ -261,11 +210,11 @@ class ClientFutureManager:
         try:
             self._thread.start()
             cluster.has_owner = True
-            _MANAGERS[id(self)] = self
+            MANAGERS[id(self)] = self
         except BaseException:
             self._bell.close()
             if exiting.has_begun():
-                raise _refuse_at_exit() from None  # no thread can be started any more
+                raise refuse_at_exit() from None  # no thread can be started any more
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -286,8 +235,8 @@ class ClientFutureManager:
 
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child."""
-        if self._refusal is _refuse_child:
-            raise _refuse_child()
+        if self._refusal is refuse_child:
+            raise refuse_child()
 
     def check_open(self) -> None:
         """Raise what a new call would raise."""
@@ -323,17 +272,35 @@ class ClientFutureManager:
         """
         if self._is_full:
             self._await_room()
-        known = self._functions.find_call(function)
+        known = self._functions.find_call(function, self._calls)
         if known is not None:
             payload = self._dumps_small((args, kwargs))
             if payload is not None:
                 future = self._submit_known(known, payload)
                 if future is not None:
                     return future
-        return self._submit_any(function, args, kwargs)
+        return self._submit_any(function, args, kwargs, self.terms)
 
-    def _submit_any(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+    def submit_through(
+        self, terms: Terms, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ScalerFuture[Any]:
+        """As `submit`, through the view with these terms."""
+        if self._is_full:
+            self._await_room()
+        known = self._functions.find_call(function, terms.calls)
+        if known is not None:
+            payload = self._dumps_small((args, kwargs))
+            if payload is not None:
+                future = self._submit_known(known, payload, terms)
+                if future is not None:
+                    return future
+        return self._submit_any(function, args, kwargs, terms)
+
+    def _submit_any(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms
+    ) -> ScalerFuture[Any]:
         """Submit what is not a small call of a function that is known already."""
+        self.check_terms(terms)
         self.start()
         try:
             prepared = self._functions.prepare(function, CallStyle.CALL)
@@ -346,9 +313,13 @@ class ClientFutureManager:
         while True:
             with self._lock:
                 if needs.generation == self._main.generation:
-                    function_id = self._register(prepared, needs)
+                    self.check_terms(terms)
+                    function_id = self._register(prepared, needs, terms)
                     no = self._take_numbers(1)
-                    future = self._futures[no] = make_future(self, no, prepared.name)
+                    future = make_future(self, no, terms.name or prepared.name)
+                    if terms.parent is not None:
+                        future._terms = terms
+                    self._futures[no] = future
                     self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
                     break
             needs = self._main.needs(names)  # what workers inherited was lost meanwhile
@@ -357,7 +328,14 @@ class ClientFutureManager:
         return future
 
     def submit_run(
-        self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
+        self,
+        prepared: PreparedFunction,
+        needs: Needs,
+        function_id: int,
+        items: int,
+        payload: Payload,
+        run: Run,
+        terms: Terms | None = None,
     ) -> int | None:
         """Queue a run and number it. Return the function's id, for the next run of the same map.
 
@@ -370,6 +348,7 @@ class ClientFutureManager:
             items: Number of items in the payload.
             payload: From `CallPickler.dumps_run`.
             run: Is told what becomes of the items.
+            terms: Of a view.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
@@ -379,8 +358,11 @@ class ClientFutureManager:
         with self._lock:
             if needs.generation != self._main.generation:
                 return None
+            run.terms = terms
+            terms = terms or self.terms
+            self.check_terms(terms)
             if function_id not in self._live_functions:
-                function_id = self._register(prepared, needs)
+                function_id = self._register(prepared, needs, terms)
             no = run.task_no = self._take_numbers(items)
             self._runs[no] = run
             self._batch.tasks.append((no, items, function_id, payload))  # type: ignore[arg-type]
@@ -444,18 +426,22 @@ class ClientFutureManager:
 
     def take_back(self, tasks: list[int]) -> None:
         """Cancel what has not started of these tasks, without waiting. What runs, completes."""
-        if tasks and self._refusal is not _refuse_child:
+        if tasks and self._refusal is not refuse_child:
             self.ask_cancel([(no, CancelKind.SOFT) for no in tasks])
 
-    def take_back_all(self, max_workers: int) -> None:
-        """Cancel what has not started, without waiting.
+    def take_back_all(self, max_workers: int, terms: Terms | None = None) -> None:
+        """Cancel what has not started, without waiting; of a view with these terms, if given.
 
         ProcessPoolExecutor's first calls have started as soon as they are submitted; here the workers may be on their
         way still. So as long as nothing has started, the first `max_workers` calls count as running.
         """
         with self._lock:
             calls = sorted(self._futures)
-            tasks = [*(calls if self._has_begun else calls[max_workers:]), *self._runs]
+            tasks = [*(calls if self._outstanding.has_begun else calls[max_workers:]), *self._runs]
+            if terms is not None:
+                futures, runs = self.get_outstanding(terms)
+                own = {future._task_no for future in futures} | {run.task_no for run in runs}
+                tasks = [no for no in tasks if no in own]
         self.take_back(tasks)
 
     def clear(self, timeout: float | DefaultTimeout | None) -> None:
@@ -468,19 +454,58 @@ class ClientFutureManager:
             self.ask_cancel([(run.task_no, CancelKind.FORCED) for run in runs])
         cancel_all(futures, timeout, force=True, others=[(self, run.over) for run in runs])
 
+    # For views
+
+    def view(self, options: Options, name: str | None, owner: object) -> ClientView:
+        """Return a view whose calls have these options. It keeps `owner`, this client's executor."""
+        from scaler_executor.runtime.view import ClientView
+
+        return ClientView(self, self.make_terms(options, name, self.terms), owner)
+
+    def make_terms(self, options: Options, name: str | None, parent: Terms) -> Terms:
+        """Return the terms of another view."""
+        with self._lock:
+            return self._terms_table.make(options, name, parent)
+
+    def check_terms(self, terms: Terms) -> None:
+        """Raise RuntimeError if a view takes no more calls."""
+        if terms.are_closed:
+            raise refuse_after_shutdown()
+
+    def close_terms(self, terms: Terms) -> None:
+        """Have a view take no more calls."""
+        if self._refusal is not refuse_child:
+            with self._lock:
+                terms.is_closed = True
+
+    def get_outstanding(self, terms: Terms) -> tuple[list[ScalerFuture[Any]], list[Run]]:
+        """Return the calls of a view, and of the views of it, that have no final answer."""
+        with self._lock:
+            return self._outstanding.of_view(terms)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new calls are refused for good."""
+        return self._close_asked
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether this process is a fork of the client's."""
+        return self._refusal is refuse_child
+
     def close(self) -> None:
         """Accept no more calls; when the last one is answered everything ends. Never waits."""
         with self._lock:
-            if self._refusal is _refuse_child:
+            if self._refusal is refuse_child:
                 return
             if self._refusal is None:
-                self._refusal = _refuse_after_shutdown
+                self._refusal = refuse_after_shutdown
             self._close_asked = True
         self._ring()
 
     def join(self) -> None:
         """Wait until everything has ended, callbacks included, but not for the thread that asks."""
-        if self._refusal is _refuse_child:
+        if self._refusal is refuse_child:
             return  # the threads are the parent's
         if self._is_starting and self._start_lock._is_owned():  # type: ignore[attr-defined]
             return  # a signal handler in the middle of the first call: nothing ends before it returns
@@ -502,7 +527,7 @@ class ClientFutureManager:
     def join_soon(self) -> None:
         """Wait as `join` does, but kill the workers that do not end when all calls are over: those that are still in
         their initializer, or wait for threads that a call has left."""
-        if self._refusal is not _refuse_child and self._thread is not threading.current_thread():
+        if self._refusal is not refuse_child and self._thread is not threading.current_thread():
             self._is_over.wait()
             if not self._has_joined.wait(END_S):
                 self._cluster.kill()
@@ -514,8 +539,8 @@ class ClientFutureManager:
 
     def kill_workers(self) -> None:
         """Close and kill the cluster. Calls that run end with WorkerDiedError, the others are cancelled."""
-        if self._refusal is not _refuse_child:
-            self._is_killed = True
+        if self._refusal is not refuse_child:
+            self._outstanding.is_killed = True
             self.close()
             self._cluster.kill()
 
@@ -524,12 +549,12 @@ class ClientFutureManager:
         with self._lock:
             self._is_exiting = True
             if self._refusal is None:
-                self._refusal = _refuse_at_exit
+                self._refusal = refuse_at_exit
         self.close()
 
     def abandon(self) -> None:
         """Make this copy, in a forked child, refuse everything; what it shares with the parent is left alone."""
-        self._refusal = _refuse_child
+        self._refusal = refuse_child
         # A thread of the parent may have held them, and here nobody would let go of them.
         self._lock = threading.RLock()
         self._start_lock = threading.RLock()
@@ -540,8 +565,11 @@ class ClientFutureManager:
             except OSError:
                 pass  # the fork came while the parent was closing them
 
-    def _submit_known(self, known: KnownFunction, payload: bytes) -> ScalerFuture[Any] | None:
-        """Queue a small call of a function that the scheduler knows; return None if it has been forgotten."""
+    def _submit_known(
+        self, known: KnownFunction, payload: bytes, terms: Terms | None = None
+    ) -> ScalerFuture[Any] | None:
+        """Queue a small call of a function that the scheduler knows; return None if it has been forgotten. `terms` are
+        those of a view."""
         future: ScalerFuture[Any] = ScalerFuture()
         future._owner = self
         future._call_name = known.name
@@ -552,6 +580,9 @@ class ClientFutureManager:
                     raise self._refusal()
                 if not known.is_known:
                     return None
+                if terms is not None:
+                    self.check_terms(terms)
+                    future._terms = terms
                 no = self._last_no = self._last_no + 1
                 future._task_no = no
                 row = (no, 1, known.function_id, payload)
@@ -586,9 +617,9 @@ class ClientFutureManager:
         except OSError:
             pass  # the socket is full, or the scheduler gone: the I/O thread goes on from here
 
-    def _register(self, prepared: PreparedFunction, needs: Needs) -> int:
+    def _register(self, prepared: PreparedFunction, needs: Needs, terms: Terms) -> int:
         """Return the function's id; queue what is new. Under `_lock`, until the call is queued."""
-        function_id, messages, forgotten = self._functions.register(prepared, needs)
+        function_id, messages, forgotten = self._functions.register(prepared, needs, terms)
         if messages:
             self._batch.functions += messages
             self._live_functions.add(function_id)
@@ -627,8 +658,8 @@ class ClientFutureManager:
             # A bug of ours: be loud about it, but leave nobody waiting for ever.
             self._cluster.kill()
             reason = f"the client's I/O thread failed: {error!r}"
-            self._refuse(lambda: _make_lost_error(reason))
-            self._on_lost([*self._futures, *self._runs], reason)
+            self._refuse(lambda: make_lost_error(reason))
+            self._outstanding.lose([*self._futures, *self._runs], reason)
             raise
         finally:
             self._is_over.set()
@@ -641,7 +672,7 @@ class ClientFutureManager:
                 self._has_ended = True
                 self._bell.close()
                 if self._callback_thread is None:
-                    _MANAGERS.pop(id(self), None)
+                    MANAGERS.pop(id(self), None)
             self._has_joined.set()
             self._may_join.set()
 
@@ -655,8 +686,8 @@ class ClientFutureManager:
         while True:
             with self._io_lock:
                 self._take_up()
-                self._flush()
-                has_unsent = bool(self._outgoing or self._writer.pending_bytes)
+                self._outbox.flush()
+                has_unsent = self._outbox.has_unsent
                 if self._cluster.max_unsent_bytes is not None:
                     self._note_room(self._cluster.max_unsent_bytes)
                 self._is_direct_possible = self._is_welcome and not has_unsent
@@ -681,7 +712,7 @@ class ClientFutureManager:
 
     def _note_room(self, max_bytes: int) -> None:
         """Have callers wait while much could not be sent."""
-        unsent_bytes = self._outgoing_bytes + self._writer.pending_bytes
+        unsent_bytes = self._outbox.unsent_bytes
         if not self._is_full and unsent_bytes > max_bytes and self._refusal is None:
             self._has_room.clear()
             self._is_full = True
@@ -722,7 +753,7 @@ class ClientFutureManager:
         if was_started:
             self._handle(CloseAsked())
         else:
-            self._drop_unsent()
+            self._outbox.drop()
             self._is_closed = True
 
     def _take_up_direct(self) -> None:
@@ -735,7 +766,7 @@ class ClientFutureManager:
             # The state knows the call now; the bytes that it wants sent are on their way, or a part of them is.
             instructions = [instruction for instruction in instructions if not isinstance(instruction, Send)]
             if not direct.is_sent():
-                self._write_rest(direct.packet, direct.sent[0])
+                self._outbox.write_rest(direct.packet, direct.sent[0])
         self._perform(instructions)
 
     def _receive(self, *, is_dead: bool) -> None:
@@ -767,24 +798,19 @@ class ClientFutureManager:
 
     def _lose(self, reason: str) -> None:
         """End everything that is outstanding, unless we have said Bye: then this is the end that we wait for."""
-        self._drop_unsent()
+        self._outbox.drop()
         if not self._is_closed:
-            self._refuse(lambda: _make_lost_error(reason))
+            self._refuse(lambda: make_lost_error(reason))
             self._close_asked = True
             self._take_up()
             self._handle(SchedulerLost(reason))
             self._handle(CloseAsked())
-            self._drop_unsent()
+            self._outbox.drop()
 
     def _refuse(self, make_error: Callable[[], Exception]) -> None:
         with self._lock:
             if self._refusal is None:
                 self._refusal = make_error
-
-    def _drop_unsent(self) -> None:
-        self._outgoing.clear()
-        self._outgoing_bytes = 0
-        self._writer = StreamWriter(self._cluster.socket)
 
     def _handle(self, event: Event) -> None:
         self._perform(self._state.handle(event, time.monotonic()))
@@ -792,23 +818,21 @@ class ClientFutureManager:
     def _perform(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Deliver):
-                self.on_task_result(instruction.results)
+                self._outstanding.deliver(instruction.results)
             elif isinstance(instruction, Send):
-                self._queue(instruction.message)
+                self._outbox.queue(instruction.message)
             elif isinstance(instruction, Finished):
-                for no in instruction.tasks:
-                    self._futures.pop(no, None)
-                    self._runs.pop(no, None)
+                self._outstanding.finish(instruction.tasks)
             elif isinstance(instruction, Cancelled):
-                self.on_task_cancel_confirm(instruction.items)
+                self._outstanding.cancel(instruction.items)
             elif isinstance(instruction, CancelRefused):
-                self._on_cancel_refused(instruction.tasks)
+                self._outstanding.refuse(instruction.tasks)
             elif isinstance(instruction, Running):
-                self._on_running(instruction.tasks)
+                self._outstanding.run(instruction.tasks)
             elif isinstance(instruction, Lost):
-                self._on_lost(instruction.tasks, instruction.reason)
+                self._outstanding.lose(instruction.tasks, instruction.reason)
             elif isinstance(instruction, Renewed):
-                self._on_renewed(instruction.reason)
+                self._on_renewed()
             elif isinstance(instruction, Broken):
                 self._on_broken(instruction.reason)
             elif isinstance(instruction, Disinherited):
@@ -818,75 +842,19 @@ class ClientFutureManager:
             else:
                 unreachable(instruction)
 
-    def on_task_result(self, results: list[ClientResultRow]) -> None:
-        """Settle what has a result."""
-        self._has_begun = True
-        pop = self._futures.pop
-        for no, first, count, kind, payload in results:
-            future = pop(no, None)
-            if future is not None:
-                future.set_result_ready(kind, payload)  # type: ignore[arg-type]
-            else:
-                run = self._runs[no]
-                run.set_items_ready(first, count, kind, payload)  # type: ignore[arg-type]
-                if run.is_over:
-                    del self._runs[no]
-
-    def on_task_cancel_confirm(self, items: list[tuple[int, int, int, Cause]]) -> None:
-        """Settle what ends cancelled."""
-        for no, first, count, cause in items:
-            future = self._futures.pop(no, None)
-            if future is None:
-                self._runs[no].set_items_cancelled(first, count)
-            else:
-                future.set_cancel_confirmed(CancelOutcome[cause])
-
-    def _on_cancel_refused(self, tasks: list[int]) -> None:
-        for no in tasks:
-            future = self._futures.get(no)
-            if future is not None:
-                future.set_cancel_confirmed(CancelOutcome.FAILED)
-
-    def _on_running(self, tasks: list[int]) -> None:
-        self._has_begun = True
-        for no in tasks:
-            future = self._futures.get(no)
-            if future is not None:
-                future.set_running()
-
-    def _on_lost(self, tasks: list[int], reason: str) -> None:
-        killed = msgspec.msgpack.encode(DeathReport("the user killed the workers")) if self._is_killed else b""
-        for no in tasks:
-            future = self._futures.pop(no, None)
-            if future is not None:
-                if not self._is_killed:
-                    future.set_result_ready(LOST, reason)
-                elif future.running():
-                    future.set_result_ready(ResultKind.DIED, killed)
-                else:
-                    future.set_cancel_confirmed(CancelOutcome.CANCELED)
-            else:
-                run = self._runs.pop(no, None)
-                if run is not None and self._is_killed:
-                    run.set_items_ready(REST, 0, ResultKind.DIED, killed)
-                elif run is not None:
-                    run.set_items_ready(REST, 0, LOST, reason)
-
-    def _on_renewed(self, reason: str) -> None:
+    def _on_renewed(self) -> None:
         """Begin anew with a scheduler that knows no function."""
         with self._lock:
-            lost = [row[0] for row in self._batch.tasks]
-            self._batch = Batch()
+            batch, self._batch = self._batch, Batch()
             self._functions.forget_all()
             self._live_functions.clear()
-        self._on_lost(lost, reason)
-        self._outgoing.clear()
-        self._outgoing_bytes = 0
-        self._outgoing.append((self._hello, 0))
+        self._outbox.forget()
+        self._outbox.queue(self._hello)
         self._is_welcome = False
+        self._handle(Stranded(batch))
 
     def _on_broken(self, reason: str) -> None:
-        self._refuse(lambda: _make_start_error(reason))
+        self._refuse(lambda: make_start_error(reason))
 
     def _on_disinherited(self, reason: str) -> None:
         with self._lock:
@@ -926,47 +894,6 @@ class ClientFutureManager:
             ]
         self._wake()
 
-    # Sending
-
-    def _queue(self, message: Message) -> None:
-        messages = [message]
-        if isinstance(message, TaskSubmit) and len(message.tasks) > TASKS_PER_MESSAGE:
-            tasks = message.tasks
-            steps = range(0, len(tasks), TASKS_PER_MESSAGE)
-            pieces = [TaskSubmit(tasks[at : at + TASKS_PER_MESSAGE]) for at in steps]
-            # Functions go before all calls of theirs, and are forgotten behind all.
-            pieces[0].functions = message.functions
-            pieces[-1].forget = message.forget
-            messages = [*pieces]
-        is_limited = self._cluster.max_unsent_bytes is not None
-        for each in messages:
-            payload_bytes = _payload_bytes(each) if is_limited else 0
-            self._outgoing_bytes += payload_bytes
-            self._outgoing.append((each, payload_bytes))
-
-    def _flush(self) -> None:
-        """Write as much as the socket takes, but not so much that answers have to wait."""
-        try:
-            for _ in range(MESSAGES_PER_TURN):
-                if (self._writer.pending_bytes and not self._writer.flush()) or not self._outgoing:
-                    return
-                message, payload_bytes = self._outgoing.popleft()
-                self._outgoing_bytes -= payload_bytes
-                self._writer.send(self._encoder.pack(message))
-        except ConnectionError:
-            self._drop_unsent()  # its last words are still to be read, and then it is lost
-
-    def _write_rest(self, packet: bytes, sent_bytes: int) -> None:
-        try:
-            self._writer.send([memoryview(packet)[sent_bytes:]])
-        except ConnectionError:
-            pass  # as above
-
-
-def _payload_bytes(message: Message) -> int:
-    """Return what the payloads of a message's tasks take."""
-    return sum([len(row[-1]) for row in message.tasks]) if isinstance(message, TaskSubmit) else 0  # type: ignore[arg-type,misc]
-
 
 def _failed_future(error: Exception) -> ScalerFuture[Any]:
     future: ScalerFuture[Any] = ScalerFuture()
@@ -986,86 +913,5 @@ def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None], at_end: Callabl
 
 
 def _end_callbacks(manager_id: int, ended: threading.Event) -> None:
-    _MANAGERS.pop(manager_id, None)
+    MANAGERS.pop(manager_id, None)
     ended.set()
-
-
-# Refusals
-
-
-def _refuse_after_shutdown() -> Exception:
-    return RuntimeError("cannot schedule new futures after shutdown")
-
-
-def _refuse_at_exit() -> Exception:
-    return RuntimeError("cannot schedule new futures after interpreter shutdown")
-
-
-def _refuse_child() -> Exception:
-    return RuntimeError("a ScalerExecutor cannot be used in a fork of the process that made it; make a new one")
-
-
-def _make_lost_error(reason: str) -> Exception:
-    from scaler_executor.errors import SchedulerLostError
-
-    return SchedulerLostError(reason)
-
-
-def _make_start_error(reason: str) -> Exception:
-    from scaler_executor.errors import WorkerStartError
-
-    return WorkerStartError(reason)
-
-
-# The ends of processes
-
-#: {id: manager}: those whose I/O thread has not ended.
-_MANAGERS: Final[dict[int, ClientFutureManager]] = {}
-
-
-def wait_until_ended(manager: ClientFutureManager, *, interrupted: bool) -> None:
-    """Wait for the end of a closed client. The first Ctrl-C stops all calls, the second kills the cluster at once.
-
-    Args:
-        interrupted: The first one has been already.
-    """
-    try:
-        if interrupted:
-            manager.clear(0)
-            manager.join_soon()
-        else:
-            manager.join()
-    except KeyboardInterrupt:
-        if interrupted:
-            manager.kill()
-        else:
-            wait_until_ended(manager, interrupted=True)
-        raise
-
-
-def _end_all_at_exit() -> None:
-    """Finish the accepted work at the interpreter's exit, as ProcessPoolExecutor does, or stop it after a Ctrl-C."""
-    interrupted = issubclass(getattr(sys, "last_type", None) or object, KeyboardInterrupt)
-    managers = list(_MANAGERS.values())
-    for manager in managers:
-        manager.exit()
-        if interrupted:
-            manager.clear(0)  # all at once, so that the times that calls get to unwind do not add up
-    raised: KeyboardInterrupt | None = None
-    for manager in managers:
-        try:
-            wait_until_ended(manager, interrupted=interrupted)
-        except KeyboardInterrupt as error:
-            raised, interrupted = error, True  # it is for all of them
-    if raised is not None:
-        raise raised
-
-
-def _abandon_all_in_child() -> None:
-    for manager in list(_MANAGERS.values()):
-        manager.abandon()
-    _MANAGERS.clear()
-
-
-exiting.AT_EXIT.append(_end_all_at_exit)
-os.register_at_fork(after_in_child=_abandon_all_in_child)

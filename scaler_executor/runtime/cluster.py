@@ -101,6 +101,8 @@ class Cluster:
         self.cancel_grace_s: float | None = None
         #: So much waits in this process before `submit` does; None: there is no limit.
         self.max_unsent_bytes: int | None = None
+        #: Whether another scheduler may take the place of one that is lost.
+        self.may_be_renewed = False
         #: Whether a client's thread waits for the end: whoever made it does not, then.
         self.has_owner = False
         self.death_fd = -1

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, NamedTuple
 
-from scaler_executor.protocol.messages import CallStyle, Function, Options, Payload
+from scaler_executor.protocol.messages import CallStyle, Function, Payload
 from scaler_executor.runtime.calls import CallPickler, name_of
 from scaler_executor.runtime.namespace import NO_NEEDS, Definition, MainDefinitions, Needs
+from scaler_executor.runtime.terms import NO_OPTIONS, KnownCalls, Terms
 
 MAX_FUNCTIONS: Final = 512
 MAX_FUNCTION_BYTES: Final = 64 << 20
-NO_OPTIONS: Final = Options()
+NO_TERMS: Final = Terms(NO_OPTIONS)
 
 
 class PreparedFunction(NamedTuple):
@@ -35,6 +36,7 @@ class KnownFunction:
     __slots__ = (
         "_attributes",
         "_module_name",
+        "calls",
         "function",
         "function_id",
         "is_known",
@@ -44,7 +46,9 @@ class KnownFunction:
         "was_used",
     )
 
-    def __init__(self, function: Any, function_id: int, name: str, size_bytes: int, needs: Needs) -> None:
+    def __init__(
+        self, function: Any, function_id: int, name: str, size_bytes: int, needs: Needs, calls: KnownCalls
+    ) -> None:
         #: Kept alive, since its id() is the key; None where the key is a blob.
         self.function = function
         self.function_id = function_id
@@ -52,6 +56,8 @@ class KnownFunction:
         self.size_bytes = size_bytes
         #: The definitions that were current when it was registered.
         self.needs = needs
+        #: With what it was registered, which stays the same object as long as this does.
+        self.calls = calls
         #: Until it is evicted.
         self.is_known = True
         #: Since the eviction last came by.
@@ -85,24 +91,20 @@ class FunctionTable:
         *,
         max_functions: int = MAX_FUNCTIONS,
         max_bytes: int = MAX_FUNCTION_BYTES,
-        options: Options = NO_OPTIONS,
     ) -> None:
         self._pickler = pickler
         self._main = main
         self._max_functions = max_functions
         self._max_bytes = max_bytes
-        #: {key: entry}, those first that the eviction looks at first. The key is (id(function), style, definitions),
-        #: (blob, style, definitions) or an object of its own.
+        #: {key: entry}, those first that the eviction looks at first. The key is an object of its own, or
+        #: (id(function) or the blob, style, definitions, id(calls)).
         self._entries: OrderedDict[Any, KnownFunction] = OrderedDict()
-        #: The entries of style CALL that are known by identity, by id(function).
-        self._calls: dict[int, KnownFunction] = {}
         #: {definition: (id, the keys of the entries that need it)}
         self._definitions: dict[Definition, tuple[int, dict[Any, None]]] = {}
         #: {name: the newest definition that is known}. Entries that need an older one are dropped.
         self._newest: dict[str, Definition] = {}
         self._total_bytes = 0
         self._last_id = 0
-        self._options = options
         #: What workers do first, and its id once it is registered; None: nothing.
         self._setup: Payload | None = None
         self._setup_id = 0
@@ -111,11 +113,11 @@ class FunctionTable:
         """Have workers do this before the first call, see `worker.Setup`."""
         self._setup = payload
 
-    def find_call(self, function: Any) -> KnownFunction | None:
-        """Return the entry of a function of style CALL that is known by identity. Needs no lock, but then `is_known`
+    def find_call(self, function: Any, calls: KnownCalls) -> KnownFunction | None:
+        """Return the one of `calls` that is this function, which is found by name. Needs no lock, but then `is_known`
         has
         to be looked at once more under the lock."""
-        entry = self._calls.get(id(function))
+        entry: KnownFunction | None = calls.get(id(function))
         if entry is None or not entry.is_current() or not self._main.are_current(entry.needs):
             return None
         entry.was_used = True
@@ -135,7 +137,9 @@ class FunctionTable:
         blob = self._pickler.dumps_function(function, names)
         return PreparedFunction(function if is_named else None, style, name_of(function), blob, frozenset(names))
 
-    def register(self, prepared: PreparedFunction, needs: Needs = NO_NEEDS) -> tuple[int, list[Function], list[int]]:
+    def register(
+        self, prepared: PreparedFunction, needs: Needs = NO_NEEDS, terms: Terms = NO_TERMS
+    ) -> tuple[int, list[Function], list[int]]:
         """Return the id to call it by, the messages if it is new, and the ids that are forgotten for it.
 
         Id 0 (style CALL only) means that the caller pickles (function, args, kwargs) together, which keeps the identity
@@ -144,17 +148,18 @@ class FunctionTable:
         Args:
             prepared: From `prepare`.
             needs: Of the function and of what it is called with.
+            terms: With which it is called.
         """
         function, style, name, blob, _ = prepared
         definitions = needs.definitions
         if blob is None:
-            if not definitions and self._setup is None:
+            if not definitions and self._setup is None and not terms.are_special:
                 return 0, [], []
             blob = b""
         if function is not None:
-            key: Any = (id(function), style, definitions)
+            key: Any = (id(function), style, definitions, id(terms.calls))
         elif isinstance(blob, bytes):
-            key = (blob, style, definitions)
+            key = (blob, style, definitions, id(terms.calls))
         else:
             key = object()  # comparing a large pickle would cost more than to send it once more
         entry = self._entries.get(key)
@@ -162,20 +167,21 @@ class FunctionTable:
             entry.was_used = True
             entry.needs = needs
             if entry.function is not None and style is CallStyle.CALL:
-                self._calls[id(function)] = entry
+                terms.calls[id(function)] = entry
             return entry.function_id, [], []
         messages: list[Function] = []
         forgotten: list[int] = []
         ids = self._register_setup(messages)
         ids += [self._define(definition, key, messages, forgotten) for definition in definitions]
         self._last_id += 1
-        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs)
+        name = terms.name or name
+        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs, terms.calls)
         if function is not None and style is CallStyle.CALL:
-            self._calls[id(function)] = entry
+            terms.calls[id(function)] = entry
         self._total_bytes += entry.size_bytes
         forgotten += self._evict()
         entry.was_used = False  # it was True for the eviction, which thus could not take it
-        messages.append(Function(entry.function_id, name, blob, int(style), self._options, ids))  # type: ignore[arg-type]
+        messages.append(Function(entry.function_id, name, blob, int(style), terms.options, ids))  # type: ignore[arg-type]
         return entry.function_id, messages, forgotten
 
     def _register_setup(self, messages: list[Function]) -> list[int]:
@@ -225,8 +231,8 @@ class FunctionTable:
         """Forget a function and what only it needs. Return the ids."""
         entry = self._entries.pop(key)
         entry.is_known = False
-        if entry.function is not None and self._calls.get(id(entry.function)) is entry:
-            del self._calls[id(entry.function)]
+        if entry.function is not None and entry.calls.get(id(entry.function)) is entry:
+            del entry.calls[id(entry.function)]
         self._total_bytes -= entry.size_bytes
         forgotten = [entry.function_id]
         for definition in entry.needs.definitions:

@@ -61,6 +61,7 @@ class RemoteCluster(Cluster):
         super().__init__(initializer, initargs)
         self.cancel_grace_s = cancel_grace_s
         self.max_unsent_bytes = MAX_UNSENT_BYTES
+        self.may_be_renewed = True
         #: Of all machines, when we were let in.
         self.workers = 0
         config = self._start_process("relay", has_control=False) | {

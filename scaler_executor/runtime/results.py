@@ -5,11 +5,13 @@ Unpickling runs user code, so this is called in the thread of whoever reads a re
 
 from __future__ import annotations
 
+from concurrent.futures import TimeoutError
 from pickle import loads as _loads
 from typing import Any, Final
 
 import msgspec
 
+from scaler_executor.errors import title_of
 from scaler_executor.protocol.messages import DeathReport, Payload, ResultKind
 from scaler_executor.runtime.calls import LoadFailed, loads_exception, loads_value, loads_values
 
@@ -49,6 +51,9 @@ def read_failure(kind: int, payload: Payload | str, call_name: str) -> BaseExcep
 
         assert isinstance(payload, bytes)
         return WorkerDiedError.from_report(msgspec.msgpack.decode(payload, type=DeathReport), call_name)
+    if kind == ResultKind.TIMED_OUT:
+        assert isinstance(payload, bytes)
+        return TimeoutError(f"{title_of(call_name) or 'the call'} {payload.decode('utf-8', 'replace')}")
     if kind == ResultKind.BROKEN:
         from scaler_executor.errors import WorkerStartError
 

@@ -18,7 +18,8 @@ from scaler_executor import CancelOutcome, WorkerDiedError
 from scaler_executor.defaults import DEFAULT_TIMEOUT
 from scaler_executor.protocol.messages import CancelKind, TaskSubmit
 from scaler_executor.runtime import client as client_module
-from scaler_executor.runtime.client import wait_until_ended
+from scaler_executor.runtime import outbox
+from scaler_executor.runtime.ending import wait_until_ended
 from scaler_executor.runtime.functions import MAX_FUNCTIONS
 
 
@@ -126,7 +127,7 @@ def test_many_calls_are_sent_in_pieces_and_in_order(setting: Setting) -> None:
         futures = [setting.submit(index) for index in range(2500)]
     rows = [setting.scheduler.next_submit() for _ in range(2500)]
     assert [row[0] for row in rows] == list(range(1, 2501))
-    assert max(len(message.tasks) for message in submits(setting)) <= client_module.TASKS_PER_MESSAGE
+    assert max(len(message.tasks) for message in submits(setting)) <= outbox.TASKS_PER_MESSAGE
     assert len(submits(setting)[0].functions) == 1
     for row in rows:
         setting.scheduler.value(row[0], row[0])

@@ -15,6 +15,7 @@ from scaler_executor.protocol.messages import (
     ClientGone,
     ClientLimited,
     DeathReport,
+    EarlierDeath,
     Function,
     Hello,
     InheritanceLost,
@@ -27,6 +28,7 @@ from scaler_executor.protocol.messages import (
     TaskCancelConfirmType,
     TaskDied,
     TaskResult,
+    TaskRetried,
     TaskReturned,
     TaskRun,
     TaskRunning,
@@ -137,6 +139,10 @@ def died(no, attempt=1, count=1, first=0, report=REPORT):
     return told(no, first, count, msgspec.msgpack.encode(said), ResultKind.DIED)
 
 
+def retried(no, spent):
+    return Send(CLIENT, TaskRetried([(no, spent)]))
+
+
 def cancel(no, cancel_no, kind=FORCED):
     return TaskCancel([(no, cancel_no, kind)])
 
@@ -233,8 +239,10 @@ def test_worker_died_with_retries():
     state = with_task(retries=2)
     for attempt in (1, 2):
         out = state.got(AGENT, TaskDied([(BASE + 1, attempt, REPORT)]))
-        assert out == [Send(AGENT, TaskRun([row(attempt=attempt + 1)]))]
-    assert state.got(AGENT, TaskDied([(BASE + 1, 3, REPORT)])) == [died(1, attempt=3)]
+        assert out == [retried(1, attempt), Send(AGENT, TaskRun([row(attempt=attempt + 1)]))]
+    attempts = [EarlierDeath(REPORT.reason, REPORT.exit_code, attempt=attempt) for attempt in (1, 2)]
+    report = msgspec.structs.replace(REPORT, earlier=attempts)
+    assert state.got(AGENT, TaskDied([(BASE + 1, 3, REPORT)])) == [died(1, attempt=3, report=report)]
 
 
 def test_report_of_an_earlier_attempt_is_stale():
@@ -272,7 +280,8 @@ def test_agent_lost_with_retries_waits_for_the_fence():
     state.got(OTHER_AGENT, AgentCapacity(8, 2))
     assert state.lost(AGENT) == []
     assert state.tick(FENCE_S / 2) == []
-    assert state.tick(FENCE_S / 2) == [Send(OTHER_AGENT, TaskRun([row(attempt=2)], [(1, function(1))]))]
+    again = Send(OTHER_AGENT, TaskRun([row(attempt=2)], [(1, function(1))]))
+    assert state.tick(FENCE_S / 2) == [retried(1, 1), again]
 
 
 def test_agent_stopped():
@@ -370,7 +379,7 @@ def test_worker_dies_under_a_recall(retries):
     state = recalling(retries=retries)
     out = state.got(AGENT, TaskDied([(BASE + 2, 1, REPORT)]))
     if retries:
-        assert out == [Send(OTHER_AGENT, TaskRun([row(2, attempt=2)], [(1, function(1))]))]
+        assert out == [retried(2, 1), Send(OTHER_AGENT, TaskRun([row(2, attempt=2)], [(1, function(1))]))]
     else:
         assert out == [died(2)]
 
@@ -573,7 +582,7 @@ def test_partial_run_is_retried():
     state.got(AGENT, TaskSplit([(BASE + 1, 1, 2)]))
     state.got(AGENT, result(1, 0, 1))
     out = state.got(AGENT, TaskDied([(BASE + 1, 1, REPORT)]))
-    assert out == [Send(AGENT, TaskRun([row(1, items=1, skip=1, task=2, attempt=2)]))]
+    assert out == [retried(1, 1), Send(AGENT, TaskRun([row(1, items=1, skip=1, task=2, attempt=2)]))]
     assert state.got(AGENT, result(2, 0, 1, attempt=2)) == [told(1, 1, 1)]
 
 
@@ -923,6 +932,7 @@ class Counting(Scheduler):
 
 @pytest.mark.parametrize("n_clients", [1, 40], ids=["one client", "many clients"])
 def test_an_event_looks_at_few_of_many_agents(n_clients):
+    """What an event costs does not grow with the number of agents or clients."""
     scheduler = Counting()
     agents = range(1, 201)
     clients = range(1001, 1001 + n_clients)
@@ -944,6 +954,7 @@ def test_an_event_looks_at_few_of_many_agents(n_clients):
 
 
 def test_a_waiting_client_looks_nowhere_in_vain_again():
+    """A client for which all agents are full is not looked at again before something has changed."""
     scheduler = Counting()
     for agent in range(1, 101):
         scheduler.got(agent, Hello("agent"))
@@ -955,6 +966,7 @@ def test_a_waiting_client_looks_nowhere_in_vain_again():
 
 
 def test_the_least_loaded_agent_comes_first():
+    """Single calls go to the agent with the fewest tasks per worker."""
     scheduler = Scheduler()
     for agent, workers in [(1, 4), (2, 2), (3, 4)]:
         scheduler.got(agent, Hello("agent"))

@@ -12,6 +12,7 @@ from scaler_executor.protocol import (
     agent_dispatch,
     agent_records,
     agent_sharing,
+    agent_timeouts,
     client,
     link,
     machine,
@@ -37,7 +38,7 @@ MACHINES = {
         agent_calls.AgentCalls,
         agent.STATES,
         agent.EVENTS,
-        [agent, agent_crew, agent_dispatch, agent_records, agent_sharing],
+        [agent, agent_crew, agent_dispatch, agent_records, agent_sharing, agent_timeouts],
     ),
     "link": (link, link.LinkState, link.STATES, link.EVENTS, []),
 }

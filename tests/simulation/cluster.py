@@ -13,6 +13,7 @@ from typing import Any
 
 from scaler_executor.protocol import agent as agents
 from scaler_executor.protocol import client as clients
+from scaler_executor.protocol import priorities
 from scaler_executor.protocol import scheduler as schedulers
 from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import (
@@ -29,14 +30,27 @@ from scaler_executor.protocol.messages import (
     KillWorker,
     Options,
     ResultKind,
+    SessionLost,
     TaskCancelConfirm,
     TaskCancelConfirmType,
+    TaskResult,
+    TaskRun,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, INTERRUPT, ITEM, STOP, slot
+from scaler_executor.protocol.priorities import PriorityQueue
 
 from .worker import Behaviour, SimWorker, value_of
 
 Key = tuple[Any, ...]
+
+#: How a task may be submitted: {kind: (whether it has a timeout, priority)}. The number of its function is that of the
+#: kind, and one more for a run.
+KINDS = {1: (False, 0), 3: (True, 0), 5: (False, 1), 7: (True, -1), 9: (False, 2)}
+
+
+def priority_of(item: Any) -> int:
+    """Return the priority of a queued task or call."""
+    return int(item.function.function.options.priority)
 
 
 class SimFuture:
@@ -60,12 +74,16 @@ class SimClient:
     def __init__(self, index: int, max_running: int | None) -> None:
         self.index = index
         self.max_running = max_running
-        self.state = clients.ClientState()
+        self.state = clients.ClientState(may_lose_scheduler=True)
         self.futures: dict[int, SimFuture] = {}
         self.gone = False
         self.closing = False
         self.closed = False
         self.last_no = 0
+        #: The scheduler has been told its functions.
+        self.has_functions = False
+        #: {no: kind} of its tasks.
+        self.kinds: dict[int, int] = {}
         #: The scheduler's number for it, once it is welcome.
         self.client_id = 0
 
@@ -91,9 +109,11 @@ class SimAgent:
 class Cluster:
     """See above. A driver overrides `posted`, `may_step` and `expedite`."""
 
-    def __init__(self, retries: int = 0) -> None:
+    def __init__(self, retries: int = 0, timeout_s: float = 1.0) -> None:
         self.now = 0.0
         self.retries = retries
+        #: Of the tasks that have one.
+        self.timeout_s = timeout_s
         self.scheduler = schedulers.SchedulerState()
         self.clients: list[SimClient] = []
         self.agents: list[SimAgent] = []
@@ -109,6 +129,13 @@ class Cluster:
         self.confirmed: set[tuple[int, int]] = set()
         #: Items in progress when their worker died, or whose agent was lost.
         self.victims: Counter[tuple[int, int]] = Counter()
+        #: When an item last began, and for how long it then ran.
+        self.began: dict[tuple[int, int], float] = {}
+        self.ran_s: dict[tuple[int, int], float] = {}
+        #: {what is overtaken, and where: how often in a row}
+        self.overtaken: Counter[Key] = Counter()
+        #: {where: how many were taken since one of lower priority than others was}
+        self.taken: Counter[Key] = Counter()
         self.an_agent_was_lost = False
 
     # For the driver
@@ -286,6 +313,9 @@ class Cluster:
         page = worker.page
         if page[CURRENT] != page[DONE]:
             self.victims[worker.client, worker.first_no + (page[ITEM] if worker.is_run else 0)] += 1
+        for item, where in self.running.items():
+            if where == (worker.agent, worker.worker_id):
+                self.ran_s[item] = self.now - self.began[item]
         self.running = {
             item: where for item, where in self.running.items() if where != (worker.agent, worker.worker_id)
         }
@@ -362,8 +392,54 @@ class Cluster:
             for no, _, kind, first, count, proven in message.confirms:
                 if kind == TaskCancelConfirmType.CANCELED and proven:
                     self._check_confirmed(owner.index, no + first, count)
+        if isinstance(message, TaskResult) and isinstance(owner, SimClient):
+            for no, first, _, kind, _ in message.results:
+                if kind == ResultKind.TIMED_OUT:
+                    self._check_timed_out(owner.index, no + first)
+        if isinstance(message, TaskRun):
+            for row in message.tasks:
+                task = self.scheduler._tasks.by_id[row[0]]
+                self._check_order("scheduler", task, task.client.queue)
         if owner is not None:
             self.send(("down", peer), message)
+
+    def _check_timed_out(self, client: int, no: int) -> None:
+        """A timeout is the last word on an item: it has run for that long, has stopped, and is not started again."""
+        item = (client, no)
+        assert self.has_timeout(item), f"{item} has no timeout"
+        if item in self.running:
+            agent, worker_id = self.running[item]
+            assert self.agents[agent].workers[worker_id].stuck, f"{item} has timed out and still runs"
+            self.ran_s[item] = self.now - self.began[item]
+        # It counts from when a worker has claimed it, which may take a while until it begins, or die before.
+        ran_s = self.ran_s.get(item, self.timeout_s)
+        assert ran_s > self.timeout_s - 0.01, f"{item} timed out after {ran_s} s"
+        self.confirmed.add(item)
+
+    def has_timeout(self, item: tuple[int, int]) -> bool:
+        return KINDS[self.clients[item[0]].kinds.get(item[1], 1)][0]
+
+    def _check_order(self, where: Any, given: Any, queue: Any) -> None:
+        """What is taken out of a queue has the highest priority, but for one in so many; nobody waits for ever."""
+        if not isinstance(queue, PriorityQueue):
+            return
+        left = [item for item in queue if item.state == "QUEUED"]
+        priority, most = priority_of(given), max(map(priority_of, left), default=-(1 << 60))
+        key = (where, given.client.client_id)
+        if priority >= most:
+            self.taken[key] += 1
+        else:
+            # It has waited for longer. Not longest: what is put back stands in front of its equals.
+            taken = self.taken.pop(key, 0)
+            assert taken >= priorities.OVERTAKES, f"task {given.task_id} is taken before one of priority {most}"
+        self.overtaken.pop((where, given.task_id), None)
+        oldest = min(left, key=lambda item: item.task_id, default=given)
+        if oldest.task_id < given.task_id and priority_of(oldest) < priority:
+            self.overtaken[where, oldest.task_id] += 1
+            count = self.overtaken[where, oldest.task_id]
+            # In front of it there may be as many as there are, and each is the oldest in its turn.
+            most = (priorities.OVERTAKES + 1) * (len(left) + 10)
+            assert count <= most, f"task {oldest.task_id} was overtaken {count} times"
 
     def send(self, key: Key, message: Any) -> None:
         """Send a message between machines."""
@@ -395,6 +471,11 @@ class Cluster:
             self.send(("up", agent.peer), instruction.message)
         elif isinstance(instruction, agents.Start):
             worker = agent.workers[instruction.worker_id]
+            held = agent.state._crew.workers[instruction.worker_id].held
+            given = {row[0] for row in instruction.message.calls}
+            for call in held:
+                if call.seq in given:
+                    self._check_order(("agent", index), call, call.client.queue)
             for row in instruction.message.calls:
                 worker.page[slot(row[0])] = row[0]
             worker.inbox.append(instruction.message)
@@ -432,20 +513,33 @@ class Cluster:
     # Users
 
     def submit(
-        self, client: SimClient, sizes: list[int], cancels: list[tuple[int, CancelKind]] | None = None
+        self,
+        client: SimClient,
+        sizes: list[int],
+        cancels: list[tuple[int, CancelKind]] | None = None,
+        kinds: list[int] | None = None,
     ) -> list[int]:
-        """Submit tasks of these many items, in one batch with these cancels. Return their numbers."""
+        """Submit tasks of these many items and these kinds, in one batch with these cancels. Return their numbers."""
         rows = []
         functions = []
-        for items in sizes:
+        for items, kind in zip(sizes, kinds or [1] * len(sizes), strict=True):
             no = client.last_no + 1
             client.last_no += items
-            function_id = 2 if items > 1 else 1
+            if items > 1 and KINDS[kind][0]:
+                kind = 1
+            client.kinds[no] = kind
+            function_id = kind + (items > 1)
             rows.append((no, items, function_id, b"%d %d" % (client.index, no)))
             client.futures[no] = SimFuture(items)
-        if client.last_no == sum(sizes):
-            options = Options(retries=self.retries)
-            functions = [Function(1, "one", b"", options=options), Function(2, "run", b"", options=options)]
+        if not client.has_functions:
+            client.has_functions = True
+            used = sorted({1, *client.kinds.values()} | set(KINDS if kinds else ()))
+            for kind in used:
+                is_timed, priority = KINDS[kind]
+                options = Options(self.retries, self.timeout_s if is_timed else None, priority)
+                functions.append(Function(kind, "one", b"", options=options))
+                if not is_timed:
+                    functions.append(Function(kind + 1, "run", b"", options=options))
         self.to_client(client, clients.Batch(rows, functions, [], cancels or []))
         return [row[0] for row in rows]
 
@@ -496,6 +590,12 @@ class Cluster:
                 assert futures[no].settled, f"task {no} is finished with {futures[no].outcomes}"
                 assert not futures[no].finished
                 futures[no].finished = True
+        elif isinstance(instruction, clients.Renewed):
+            client.has_functions = False
+            self._join(client)
+            hello = Hello("client", max_running=client.max_running)
+            self.post(("up", self._peer_of(client)), hello)
+            self.to_client(client, clients.Stranded(clients.Batch()))
         elif isinstance(instruction, clients.Disinherited):
             self.post(("definitions", client.index), None)
         elif isinstance(instruction, clients.Closed):
@@ -530,15 +630,19 @@ class Cluster:
         assert item not in self.running, f"{item} runs twice at the same time"
         assert item not in self.confirmed, f"{item} started after its cancel was confirmed"
         self.starts[item] += 1
+        self.began[item] = self.now
         assert self.starts[item] <= 1 + self.retries, f"{item} started {self.starts[item]} times"
         self.running[item] = (worker.agent, worker.worker_id)
         most = self.clients[worker.client].max_running
         if most is not None:
-            count = sum(client == worker.client for client, _ in self.running)
+            # Not those that have timed out and could not be stopped.
+            count = sum(other[0] == worker.client and other not in self.confirmed for other in self.running)
             assert count <= most, f"{count} items of client {worker.client} run at once, {most} may"
 
     def item_ends(self, worker: SimWorker) -> None:
-        del self.running[worker.current_item()]
+        item = worker.current_item()
+        del self.running[item]
+        self.ran_s[item] = self.now - self.began[item]
 
     def step(self, worker: SimWorker) -> None:
         worker.step(self)
@@ -553,6 +657,16 @@ class Cluster:
         self.queues.pop(("down", peer), None)
         self.peers.pop(peer)
         self.post(("up", peer), schedulers.PeerLost(peer, "died", stopped=True))
+
+    def lose_session(self, client: SimClient) -> None:
+        """A client is told that its scheduler knows nothing of it any more; that has lost the client."""
+        peer = self._peer_of(client)
+        self.an_agent_was_lost = True
+        for kind in ("up", "down"):
+            self.queues.pop((kind, peer), None)
+        del self.peers[peer]
+        self.to_scheduler(schedulers.PeerLost(peer, "session", stopped=True))
+        self.to_client(client, clients.Received(SessionLost("the session is lost")))
 
     def lose_forker(self, agent: SimAgent) -> None:
         """A forker dies, and with it its workers. Another one is there when its agent has noticed."""

@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scaler_executor.protocol import agent, scheduler
-from scaler_executor.protocol.agent_calls import AgentCalls
+from scaler_executor.protocol import agent, priorities, scheduler
+from scaler_executor.protocol.agent_calls import EXPIRED, AgentCalls
 from scaler_executor.protocol.agent_crew import Crew
 from scaler_executor.protocol.agent_dispatch import Dispatch
 from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_sharing import Sharing
+from scaler_executor.protocol.agent_timeouts import Timeouts
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
 from scaler_executor.protocol.messages import CancelKind, DeathReport
 from scaler_executor.protocol.page import CURRENT, DONE, slot
+from scaler_executor.protocol.priorities import PriorityQueue
 from scaler_executor.protocol.scheduler import SchedulerState
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_limits import Limits
@@ -35,7 +37,7 @@ from .random_runs import Run
 from .worker import SimWorker
 
 MAX_SEEDS = 600
-PURE_TESTS = ("test_scheduler", "test_agent", "test_client", "test_sharing")
+PURE_TESTS = ("test_scheduler", "test_agent", "test_client", "test_sharing", "test_options")
 
 #: (where, name or key, what stands there instead)
 Change = tuple[Any, Any, Any]
@@ -333,7 +335,183 @@ def give_a_flood_all_the_room() -> list[Change]:
     return [(Assignment, "_room", room)]
 
 
+def report_a_timeout_as_a_death() -> list[Change]:
+    """The agent takes a timeout for a death, which is retried."""
+
+    def timed_out(self: Any, call: Any, how: str = "") -> None:
+        self._release(call)
+        self._forget(call)
+        self._output.deaths.append((call.task_id, call.attempt, DeathReport("timed out")))
+
+    return [(AgentCalls, "_timed_out", timed_out)]
+
+
+def answer_a_timeout_at_the_interrupt() -> list[Change]:
+    """The agent says that a call has timed out when it begins to stop it."""
+    original = AgentCalls._expire
+
+    def expire(self: Any, call: Any) -> None:
+        original(self, call)
+        self._timed_out(call)
+
+    return cells(agent.TABLE, "TIMEOUT", expire, "RUNNING")
+
+
+def count_half_the_time() -> list[Change]:
+    """The agent stops a call before its time is over."""
+    original = Timeouts.seen_running
+
+    def seen_running(self: Any, call: Any) -> None:
+        original(self, call)
+        call.timeout_due -= (call.timeout_due - self._output.now) / 2
+
+    return [(Timeouts, "seen_running", seen_running)]
+
+
+def forget_the_time_of_a_call_that_a_freeze_found() -> list[Change]:
+    """The agent does not count the time of a call that it has first found running by a freeze."""
+    original = AgentCalls._in_progress
+
+    def in_progress(self: Any, call: Any, at: int) -> None:
+        timeouts, self._timeouts = self._timeouts, Timeouts(self._output)
+        try:
+            original(self, call, at)
+        finally:
+            self._timeouts = timeouts
+
+    return cells(agent.TABLE, "IN_PROGRESS", in_progress, "RECALLING")
+
+
+def let_a_soft_cancel_take_over_a_timeout() -> list[Change]:
+    """The agent takes a soft cancel of a call that is being stopped for its timeout for one that stops it."""
+
+    def newest(self: Any, call: Any, cancel_no: int, kind: CancelKind) -> None:
+        call.cancel_no, call.kind = cancel_no, kind
+
+    return cells(agent.TABLE, "CANCEL", newest, "STOPPING_SOFT", "FREEZING", "KILLING", "UNWOUND")
+
+
+def let_a_timeout_take_over_a_cancel() -> list[Change]:
+    """The agent forgets a cancel that comes while it stops a call for its timeout."""
+    original = AgentCalls._newest_counts
+
+    def newest(self: Any, call: Any, cancel_no: int, kind: CancelKind) -> None:
+        if call.cancel_no != EXPIRED:
+            original(self, call, cancel_no, kind)
+
+    return cells(agent.TABLE, "CANCEL", newest, "STOPPING_SOFT", "FREEZING", "KILLING", "UNWOUND")
+
+
+def take_the_end_of_an_expired_worker_for_a_death() -> list[Change]:
+    """The agent reports that a worker died in a call when that is what its timeout led to."""
+
+    def died(self: Any, call: Any, report: Any) -> None:
+        call.cancel_no = max(0, call.cancel_no)
+        (self._stopped if call.cancel_no else self._died)(call, report)
+
+    return cells(agent.TABLE, "EXITED_IN_PROGRESS", died, "STOPPING_SOFT", "KILLING")
+
+
+def ignore_priorities_at_the_scheduler() -> list[Change]:
+    """The scheduler gives out what came first."""
+    return [(scheduler, "with_priorities", lambda queue: queue)]
+
+
+def ignore_priorities_at_the_agent() -> list[Change]:
+    """The agent starts what came first."""
+    return [(agent, "with_priorities", lambda queue: queue)]
+
+
+def never_let_the_oldest_pass() -> list[Change]:
+    """A call of low priority waits as long as there are others."""
+    return [(priorities, "OVERTAKES", 1 << 60)]
+
+
+def keep_high_priorities_waiting_for_room() -> list[Change]:
+    """The scheduler holds calls of high priority back while an agent is full of others."""
+    return [(PriorityQueue, "rank", 0)]
+
+
+def put_what_is_retried_behind_its_equals() -> list[Change]:
+    """A queue with priorities takes what is put back for new."""
+    return [(PriorityQueue, "appendleft", PriorityQueue.append)]
+
+
+def start_what_comes_again_at_once() -> list[Change]:
+    """The scheduler starts the calls of another one that may still run there."""
+    original = SchedulerState._fence
+
+    def fence(self: Any, after_s: float, tasks: Any, lost: Any) -> None:
+        original(self, 0.0 if lost is None else after_s, tasks, lost)
+
+    return [(SchedulerState, "_fence", fence)]
+
+
+def forget_what_was_spent() -> list[Change]:
+    """The scheduler gives the calls of another one all their retries again."""
+    original = SchedulerTasks.note_again
+
+    def note_again(self: Any, client: Any, rows: Any) -> None:
+        original(self, client, [(no, 0, done) for no, _, done in rows])
+
+    return [(SchedulerTasks, "note_again", note_again)]
+
+
+def client_forgets_what_was_spent() -> list[Change]:
+    """The client gives the next scheduler calls without retries left."""
+    original = ClientState._goes_on
+
+    def goes_on(self: Any, task: Any) -> bool:
+        if task.row is not None:
+            task.spent = 0
+        return original(self, task)
+
+    return [(ClientState, "_goes_on", goes_on)]
+
+
+def do_answered_items_again() -> list[Change]:
+    """The client has the next scheduler do a run from its start."""
+    original = ClientState._send_again
+
+    def send_again(self: Any) -> None:
+        for task in self._again.values():
+            task.answered = []
+        original(self)
+
+    return [(ClientState, "_send_again", send_again)]
+
+
+def give_on_what_is_being_cancelled() -> list[Change]:
+    """The client has the next scheduler make calls that their user has cancelled."""
+    original = ClientState._lose_all
+
+    def lose_all(self: Any, reason: str) -> None:
+        for task in self._tasks.values():
+            if task.function is not None and task.cancel_no:
+                task.state, task.cancel_no = "SENT", 0
+        original(self, reason)
+
+    return [(ClientState, "_lose_all", lose_all)]
+
+
 MUTATIONS: list[Callable[[], list[Change]]] = [
+    report_a_timeout_as_a_death,
+    answer_a_timeout_at_the_interrupt,
+    count_half_the_time,
+    forget_the_time_of_a_call_that_a_freeze_found,
+    let_a_soft_cancel_take_over_a_timeout,
+    let_a_timeout_take_over_a_cancel,
+    take_the_end_of_an_expired_worker_for_a_death,
+    ignore_priorities_at_the_scheduler,
+    ignore_priorities_at_the_agent,
+    never_let_the_oldest_pass,
+    keep_high_priorities_waiting_for_room,
+    put_what_is_retried_behind_its_equals,
+    start_what_comes_again_at_once,
+    forget_what_was_spent,
+    client_forgets_what_was_spent,
+    do_answered_items_again,
+    give_on_what_is_being_cancelled,
     drop_the_crossing_result,
     requeue_while_cancelling,
     requeue_what_is_returned_while_cancelling,

@@ -14,6 +14,7 @@ from typing import Any
 from scaler_executor.protocol import agent as agents
 from scaler_executor.protocol import client as clients
 from scaler_executor.protocol import link as links
+from scaler_executor.protocol import priorities
 from scaler_executor.protocol import scheduler as schedulers
 from scaler_executor.protocol.agent_hiring import SLICE_S
 from scaler_executor.protocol.codec import Decoder, Encoder
@@ -26,13 +27,15 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
 )
 
-from .cluster import Behaviour, Cluster, SimAgent, SimClient
+from .cluster import KINDS, Behaviour, Cluster, SimAgent, SimClient
 from .worker import SimWorker
 
 MAX_STEPS = 30_000
 MAX_TIME_S = 1_000.0
 #: DESIGN section 6: a call waits no longer behind a running one while a worker is idle. Delays come on top.
 WAIT_BEHIND_S = 0.05
+#: A call is stopped so long after its timeout at most, and its grace time. Delays come on top.
+LATE_S = 0.05
 
 _DECODERS = {
     ("up", True): Decoder[Any](ClientMessage),
@@ -49,7 +52,12 @@ class Run(Cluster):
 
     def __init__(self, seed: int, verbose: bool = False) -> None:
         rng = self.rng = random.Random(seed)
-        super().__init__(retries=rng.choice([0, 0, 0, 1, 2]))
+        #: Draws what has to do with options: every second run has some.
+        options = self.options = random.Random(f"options {seed}")
+        self.has_options = options.random() < 0.5
+        super().__init__(rng.choice([0, 0, 0, 1, 2]), options.choice([0.002, 0.02, 0.3, 3.0]))
+        #: So that few calls are enough.
+        self.overtakes = options.choice([1, 3, priorities.OVERTAKES])
         self.seed = seed
         self.verbose = verbose
         self.heap: list[tuple[float, int, str, Any, Any]] = []
@@ -113,6 +121,9 @@ class Run(Cluster):
                 self.at(self.some_time(), "user", self.cancel_some, client)
         for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
             self.at(self.some_time(), "fault", self.some_fault, None)
+        if self.has_options:
+            for _ in range(self.options.choice([0, 0, 0, 1, 2])):
+                self.at(self.options.random() * 2 * self.horizon_s, "fault", self.lose_some_session, None)
 
     def some_time(self) -> float:
         return self.rng.random() * self.horizon_s * self.rng.choice([0.3, 1, 1, 2])
@@ -133,7 +144,8 @@ class Run(Cluster):
         cancels = []
         if rng.random() < 0.1:
             cancels = [(first, rng.choice([CancelKind.SOFT, CancelKind.FORCED]))]
-        self.submit(client, sizes, cancels)
+        kinds = [self.options.choice([1, 1, *KINDS]) for _ in sizes] if self.has_options else None
+        self.submit(client, sizes, cancels, kinds)
         if rng.random() < 0.05:
             client.closing = True
             self.to_client(client, clients.CloseAsked())
@@ -158,6 +170,18 @@ class Run(Cluster):
         client, chosen = what
         if not client.gone:
             self.cancel(client, [(no, self.rng.choice([CancelKind.SOFT, CancelKind.FORCED])) for no in chosen])
+
+    def lose_some_session(self, _: None) -> None:
+        found = [client for client in self.clients if client in self.peers.values() and client.max_running is None]
+        if found:
+            client = self.options.choice(found)
+            peer = self._peer_of(client)
+            if not client.gone and not client.closed:
+                self.note("fault: session of client", client.index)
+                self.links.pop(peer, None)
+                for kind in ("wire_up", "wire_down"):
+                    self.queues.pop((kind, peer), None)
+                self.lose_session(client)
 
     def some_fault(self, _: None) -> None:
         rng = self.rng
@@ -270,6 +294,7 @@ class Run(Cluster):
             worker.stuck = True
 
     def run(self) -> Run:
+        overtakes, priorities.OVERTAKES = priorities.OVERTAKES, self.overtakes  # type: ignore[misc]
         try:
             self.drain_heap()
             for client in self.clients:
@@ -284,7 +309,16 @@ class Run(Cluster):
             self.check_over()
         except Exception as error:
             raise AssertionError(f"seed {self.seed}, at {self.now:.6f} s, step {self.steps}: {error!r}") from error
+        finally:
+            priorities.OVERTAKES = overtakes  # type: ignore[misc]
         return self
+
+    def item_ends(self, worker: SimWorker) -> None:
+        super().item_ends(worker)
+        item = worker.current_item()
+        if self.has_timeout(item) and not worker.stuck and not worker.frozen:
+            most = self.timeout_s + self.settings["cancel_grace_s"] + LATE_S + 60 * self.forker_s
+            assert self.ran_s[item] < most, f"{item} ran for {self.ran_s[item]} s with a timeout of {self.timeout_s} s"
 
     def drain_heap(self) -> None:
         while self.has_more():

@@ -34,6 +34,14 @@ def constructor_takes_the_arguments_of_process_pool_executor() -> None:
     ScalerExecutor("two")  # type: ignore[arg-type]
 
 
+def views_are_executors(executor: ScalerExecutor) -> None:
+    view = executor.with_options(retries=1, timeout=2.5, priority=-3, name="n", cancel_grace=0)
+    assert_type(view, ScalerExecutor)
+    assert_type(view.with_options(timeout=None, name=None).submit(power, 3), ScalerFuture[float])
+    executor.with_options(retries="1")  # type: ignore[arg-type]
+    executor.with_options(color="red")  # type: ignore[call-arg]
+
+
 def an_executor_is_an_executor(executor: ScalerExecutor) -> Executor:
     return executor
 
