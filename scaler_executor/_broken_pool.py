@@ -25,7 +25,12 @@ class WorkerDiedError(BrokenProcessPool):
         pid: Process id of the worker there.
         worker_id: Number of the worker on that machine.
         attempt: 1 for the first time that the call was made.
+        out_of_memory: True if the kernel's counters say that it has killed a process for want of memory meanwhile,
+        False if they do not, None if no SIGKILL ended the process or there are no counters.
         peak_memory_bytes: The most memory that the worker's process used, 0 if it is not known.
+        stderr: The end of what the call wrote to `sys.stderr`, at most 4 KB; not what C code or other programs wrote.
+        fault: The call's stack at a fatal fault (SIGSEGV, SIGFPE, SIGABRT, SIGBUS, SIGILL) in the format of
+        `faulthandler`, "" if there was none.
         story: What the cluster remembers of the call, for bug reports; may be empty.
     """
 
@@ -38,7 +43,10 @@ class WorkerDiedError(BrokenProcessPool):
     pid: int = 0
     worker_id: int = 0
     attempt: int = 1
+    out_of_memory: bool | None = None
     peak_memory_bytes: int = 0
+    stderr: str = ""
+    fault: str = ""
     story: str = ""
 
     @classmethod
@@ -51,7 +59,8 @@ class WorkerDiedError(BrokenProcessPool):
         if report.peak_memory_bytes:
             details.append(f"peak memory {report.peak_memory_bytes // _UNITS_MIB} MiB")
         aside = ", ".join(filter(None, details))
-        self = cls(f"{what}: {report.reason}" + (f" ({aside})" if aside else ""))
+        sentence = f"{what}: {report.reason}" + (f" ({aside})" if aside else "")
+        self = cls("\n".join(filter(None, (sentence, report.last_words))))
         self.call_name = call_name
         for name in report.__struct_fields__:
             setattr(self, name, getattr(report, name))

@@ -379,15 +379,16 @@ class AgentState:
         worker = self._crew.workers[event.worker_id]
         self._hiring.reaped(worker)
         self._calls.to_freeze.pop(event.worker_id, None)
+        cause = "\n".join(filter(None, (event.report.reason, event.report.last_words)))
         if worker.state in ("FORKING", "STARTING"):
-            reason = None if event.forker_lost else self._hiring.start_failed(worker, event.report.reason)
+            reason = None if event.forker_lost else self._hiring.start_failed(worker, cause)
             if reason is not None:
                 self._calls.break_client(worker.client_id, reason)
         elif worker.state == "READY" and worker.held:
             # One that dies idle is replaced when there is work: it may be what its initializer started that ends it.
             self._hiring.leave(worker)
             if not event.current and not event.forker_lost:
-                reason = self._hiring.died_unused(worker, event.report.reason)
+                reason = self._hiring.died_unused(worker, cause)
                 if reason is not None:
                     self._calls.break_client(worker.client_id, reason)
         calls = list(worker.held)

@@ -18,6 +18,8 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from scaler_executor.protocol.death_report import DeathReport as DeathReport
+
 PROTOCOL_VERSION: Final = 1
 
 #: A task_id is `client_id << CLIENT_ID_SHIFT | no`: room for 2**40 items a client and 2**23 clients in a signed
@@ -121,19 +123,6 @@ class Function(msgspec.Struct, array_like=True):
     options: Options = Options()
     needs: list[int] = []  # definitions, by id
     version: int = 0  # of a definition: a worker takes only what is newer than what it has
-
-
-class DeathReport(msgspec.Struct, array_like=True):
-    """Why a worker is gone, for `WorkerDiedError`."""
-
-    reason: str  # a sentence without the call's name
-    exit_code: int | None = None  # negative: the signal, as in subprocess; None: nobody could tell
-    host: str = ""
-    pid: int = 0
-    worker_id: int = 0
-    attempt: int = 1
-    peak_memory_bytes: int = 0
-    story: str = ""
 
 
 #: Client to scheduler, one submitted task: (no, items, function_id, payload).
@@ -507,6 +496,7 @@ class WorkerExited(Message, tag=38):
     done: int
     item: int
     peak_memory_bytes: int = 0
+    out_of_memory: bool | None = None  # see `DeathReport`
 
 
 ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel | InheritanceReplaced

@@ -45,7 +45,8 @@ from scaler_executor.protocol.messages import (
     WorkerFrozen,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, HEARD, INTERRUPT, ITEM, STOP, slot
-from scaler_executor.runtime import platform
+from scaler_executor.runtime import cgroups, platform
+from scaler_executor.runtime.last_words import show_fault
 from scaler_executor.runtime.worker import NUDGE, WorkerConfig, worker_main
 
 PIPE_BYTES: Final = 1 << 20
@@ -76,6 +77,10 @@ class _Worker:
     was_stopped: bool = False
     #: We sent SIGKILL.
     killed: bool = False
+    #: The kernel's counter of kills for want of memory: where it is, and where it stood when the worker was forked or
+    #: other deaths had been explained by it.
+    memory_path: str | None = None
+    memory_kills: int | None = None
     #: Its WorkerExited, once it is reaped; sent when its process group is empty.
     exited: WorkerExited | None = None
     #: When to look again (monotonic), and the pause before the next look; None: nothing is awaited but its death.
@@ -107,6 +112,7 @@ class Forker:
         self._bell_fd = -1
         self._stop_deadline_s = ForkerSetup().stop_deadline_s
         self._pid = os.getpid()
+        self._memory_path = cgroups.counter_path(self._pid)
         #: By which workers watch this process, -1 where the kernel does that.
         self._lifeline_fd = platform.watch_self() if platform.PORTABLE else -1
         # SIGCHLD comes as a byte here: when a worker has stopped, and when an orphan of a worker has ended, which no
@@ -205,7 +211,7 @@ class Forker:
             pid = os.fork()
             if pid == 0:
                 lifeline.hold()
-                self._become_worker(worker_id, call_there, pipe_there, page, [call_here, pipe_here, page_fd])
+                self._become_worker(worker_id, call_there, pipe_there, page_fd, page, [call_here, pipe_here])
             pidfd = lifeline.watch(pid)
         except OSError as error:
             if pid:
@@ -222,6 +228,8 @@ class Forker:
         os.close(call_there)
         os.close(pipe_there)
         worker = _Worker(worker_id, pid, pidfd, page)
+        worker.memory_path = self._memory_path
+        worker.memory_kills = cgroups.killed_for_memory(self._memory_path)
         self._workers[worker_id] = worker
         self._by_pidfd[pidfd] = worker
         if not platform.PORTABLE:  # a lifeline tells of nothing that SIGCHLD does not, and a call may close it
@@ -229,7 +237,9 @@ class Forker:
         ours = [call_here, pipe_here, page_fd]
         self._send(WorkerForked(worker_id, pid), [*ours, pidfd], ours)
 
-    def _become_worker(self, worker_id: int, call_fd: int, pipe_fd: int, page: memoryview, fds: list[int]) -> NoReturn:
+    def _become_worker(
+        self, worker_id: int, call_fd: int, pipe_fd: int, page_fd: int, page: memoryview, fds: list[int]
+    ) -> NoReturn:
         """Go on as the worker, with nothing of the forker's."""
         try:
             signal.set_wakeup_fd(-1)
@@ -246,9 +256,10 @@ class Forker:
                     os.close(fd)
             for worker in self._workers.values():
                 platform.unmap_page(worker.page)
-            bell = platform.Bell.for_ringing(self._bell_fd)
+            call_fd, pipe_fd, page_fd, bell_fd = map(platform.move_away, (call_fd, pipe_fd, page_fd, self._bell_fd))
             self._config.identity.name = f"ScalerWorker-{worker_id}"
-            worker_main(socket.socket(fileno=call_fd), pipe_fd, page, bell, self._config)
+            bell = platform.Bell.for_ringing(bell_fd)
+            worker_main(socket.socket(fileno=call_fd), pipe_fd, page, page_fd, bell, self._config)
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
@@ -401,6 +412,10 @@ class Forker:
         ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
             return  # its threads are still ending
+        out_of_memory = None
+        if ended.si_code == os.CLD_KILLED and ended.si_status == signal.SIGKILL and not worker.killed:
+            out_of_memory = self._ran_out_of_memory(worker)
+        show_fault(worker.page)
         if worker.killed or worker.page[INTERRUPT] or ended.si_code != os.CLD_EXITED or ended.si_status:
             # What a stopped or dead call has started goes with it. Nobody else can have the number of a zombie.
             worker.killed = True
@@ -415,6 +430,7 @@ class Forker:
             page[DONE],
             page[ITEM],
             platform.peak_memory_bytes(usage),
+            out_of_memory,
         )
         worker.freezes.clear()
         if not platform.PORTABLE:
@@ -422,6 +438,23 @@ class Forker:
         if worker.killed and worker.stuck_at is None:
             self._await(worker)
         self._finish(worker)
+
+    def _ran_out_of_memory(self, worker: _Worker) -> bool | None:
+        """Tell whether a worker that somebody else has killed, and that is not reaped, may have been killed by the
+        kernel for want of memory; None: there is no counter."""
+        path, before = cgroups.counter_path_at_end(worker.pid, worker.memory_path), worker.memory_kills
+        if path != worker.memory_path:
+            before = 0  # a call has moved it into a group of its own
+        kills = cgroups.killed_for_memory(path)
+        if kills is None or before is None:
+            return None
+        if kills <= before:
+            return False
+        for other in self._workers.values():
+            # One kill explains one death, if it was there when the other worker was.
+            if other.memory_path == path and other.memory_kills is not None and other.memory_kills < kills:
+                other.memory_kills += 1
+        return True
 
     def _finish(self, worker: _Worker) -> None:
         """Report a reaped worker, if nothing is left of its group that has to go."""

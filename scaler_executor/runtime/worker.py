@@ -26,7 +26,7 @@ from typing import Any, Final, NoReturn, TypedDict
 
 from scaler_executor.errors import TaskInterrupted
 from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
-from scaler_executor.protocol.messages import CallStyle, Frames, Function, Payload, WorkerRun
+from scaler_executor.protocol.messages import CallStyle, DeathReport, Frames, Function, Payload, WorkerRun
 from scaler_executor.protocol.page import (
     CURRENT,
     DONE,
@@ -63,8 +63,9 @@ from scaler_executor.runtime.calls import (
     loads_value,
 )
 from scaler_executor.runtime.identity import Identity, run_as_process
+from scaler_executor.runtime.last_words import LastWords
 from scaler_executor.runtime.namespace_worker import WorkerMain
-from scaler_executor.runtime.platform import Bell, flush_c_streams, name_process, range_buffer
+from scaler_executor.runtime.platform import Bell, flush_c_streams, move_away, name_process, range_buffer
 from scaler_executor.runtime.transport import StreamReader
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
@@ -73,6 +74,8 @@ RING_INTERVAL_S: Final = 0.005
 MAX_RANGE_VALUE_BYTES: Final = 4096
 #: More of an initializer's traceback than this helps nobody.
 MAX_START_ERROR_BYTES: Final = 1 << 15
+#: Exit code of a worker that cannot go on because a call has closed its descriptors: EX_IOERR.
+EXIT_CLOSED: Final = 74
 #: Ends a system call and does nothing else. Ignored where it has no handler, as in a program that a call started.
 NUDGE: Final = signal.SIGURG
 
@@ -125,10 +128,10 @@ class Setup(TypedDict):
 
 
 def worker_main(
-    call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
+    call_socket: socket.socket, pipe_fd: int, page: memoryview, page_fd: int, bell: Bell, config: WorkerConfig
 ) -> NoReturn:
     """Run calls until the socket ends. The process is over then."""
-    worker = Worker(call_socket, pipe_fd, page, bell, config)
+    worker = Worker(call_socket, pipe_fd, page, page_fd, bell, config)
 
     def serve() -> None:
         worker.start()
@@ -145,12 +148,20 @@ class Worker:
     """The state of the process. Everything but the signal handler runs in the order in which it is written."""
 
     def __init__(
-        self, call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
+        self,
+        call_socket: socket.socket,
+        pipe_fd: int,
+        page: memoryview,
+        page_fd: int,
+        bell: Bell,
+        config: WorkerConfig,
     ) -> None:
         self._socket = call_socket
         self._pipe_fd = pipe_fd
         self._page = page
+        self._page_fd = page_fd
         self._range_buffer = range_buffer(page)
+        self._last_words = LastWords(page)
         self._bell = bell
         self._config = config
         self._main = WorkerMain(config.inherited_main)
@@ -175,6 +186,8 @@ class Worker:
         self._batch_ended = False
         #: When results were last announced, or work began after a pause.
         self._rang_at = 0.0
+        #: {1 or 2: a copy of it}, for when a call has closed it.
+        self._streams: dict[int, int] = {}
 
     def start(self) -> None:
         """Become a process fit for user code and run the initializer."""
@@ -184,6 +197,8 @@ class Worker:
         os.register_at_fork(after_in_child=self._after_fork)
         os.set_blocking(self._pipe_fd, False)
         self._socket.setblocking(True)
+        self._last_words.copy_stderr()
+        self._last_words.handle_faults(self._page_fd)  # the user's own handlers come after it
         try:
             _take_over_process(config)
             self._prepare(config.definitions, config.initializer_pickle)
@@ -211,8 +226,9 @@ class Worker:
                 config.initializer(*config.initargs)
             except BaseException as error:
                 self._exit_if_fork(error)
+                said = self._last_words.text()
                 _log_failed_initializer()
-                self._fail_to_start(error)
+                self._fail_to_start(error, said)
 
     def _set_up(self, payload: Payload) -> None:
         """Make ready for a client that has not started this process: what it wants done once, before its first call."""
@@ -230,9 +246,11 @@ class Worker:
         self._run_initializer()
         self._exit_if_fork(None)
 
-    def _fail_to_start(self, error: BaseException) -> NoReturn:
-        """Say why there will be no calls, and end."""
+    def _fail_to_start(self, error: BaseException, said: str = "") -> NoReturn:
+        """Say why there will be no calls, and what has been said before, and end."""
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        if said:
+            text += DeathReport("", stderr=said).last_words
         body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
         self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
         self._ring()
@@ -241,6 +259,17 @@ class Worker:
 
     def run(self) -> None:
         """Serve messages until the socket ends or a call was interrupted."""
+        self._keep_streams()
+        try:
+            self._run()
+        except OSError as error:
+            # Not of a call: those are caught. It has closed descriptors that are the worker's own, whatever their
+            # numbers, and so costs itself if it had not been over.
+            self._last_words.add(f"(its result cannot be sent: it has closed what is its worker's: {error})".encode())
+            _abandon_children()
+            _exit(EXIT_CLOSED)
+
+    def _run(self) -> None:
         reader = StreamReader(self._socket)
         decode = Decoder[WorkerRun](WorkerRun).decode
         on_interrupt = self._on_interrupt
@@ -254,6 +283,33 @@ class Worker:
                     _exit()
                 if signal.getsignal(signal.SIGINT) != on_interrupt:
                     signal.signal(signal.SIGINT, on_interrupt)  # a call installed its own
+                self._restore_streams()
+
+    def _keep_streams(self) -> None:
+        for fd in (1, 2):
+            try:
+                self._streams[fd] = move_away(os.dup(fd))
+            except OSError:
+                pass  # there is none
+
+    def _restore_streams(self) -> None:
+        """Open the standard streams again that a call has closed, or the next file to be opened would get what others
+        print. Those that it has redirected stay so."""
+        try:
+            for fd in (0, *self._streams):
+                os.get_inheritable(fd)
+        except OSError:
+            pass
+        else:
+            return
+        null = os.open(os.devnull, os.O_RDONLY)  # its number is the lowest that is free
+        if null:
+            os.close(null)
+        for fd, kept in self._streams.items():
+            try:
+                os.get_inheritable(fd)
+            except OSError:
+                os.dup2(kept, fd)
 
     def _serve(self, message: WorkerRun) -> None:
         """Make the calls of one message."""
@@ -567,8 +623,14 @@ class Worker:
             os.close(self._pipe_fd)
         except OSError:
             pass
+        for fd in self._streams.values():
+            try:
+                os.close(fd)  # whoever reads from it would wait for the child's end
+            except OSError:
+                pass
         if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._last_words.leave_faults()
 
     def _exit_if_fork(self, error: BaseException | None) -> None:
         """End a child that a call forked and that has come back from it: there is one worker here, and it is the
