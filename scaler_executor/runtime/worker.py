@@ -457,13 +457,11 @@ class Worker:
 
     def _dumps_small(self, value: Any) -> bytes | None:
         """Return the pickle of a value if it may stand in the range buffer, None of others."""
-        if type(value) in PLAIN_TYPES:
-            body: bytes | None = _dumps(value, 5)
-        else:
-            try:
-                body = self._pickler.dumps_small(value)
-            except BaseException:
-                return None  # `_report` tries again and says what is wrong
+        body: bytes | None
+        try:
+            body = _dumps(value, 5) if type(value) in PLAIN_TYPES else self._pickler.dumps_small(value)
+        except BaseException:
+            return None  # `_report` tries again and says what is wrong
         return body if body is not None and len(body) <= MAX_RANGE_VALUE_BYTES else None
 
     def _write_range(self, seq: int, count: int, used: int, behind: bytes) -> None:
@@ -528,14 +526,14 @@ class Worker:
                 return
             kind = RECORD_ERROR
             body = dumps_exception(self._pickler, error, self._main.explain(error))
-        elif type(value) in PLAIN_TYPES:
-            if kind == RECORD_VALUE:
-                body = _dumps(value, 5)
-                if len(body) > INLINE_BYTES:
-                    body = Frames([body])
-        else:
+        elif kind == RECORD_VALUE:
             try:
-                body = self._pickler.dumps(value)
+                if type(value) in PLAIN_TYPES:
+                    body = _dumps(value, 5)  # only for want of memory can this fail
+                    if len(body) > INLINE_BYTES:
+                        body = Frames([body])
+                else:
+                    body = self._pickler.dumps(value)
             except BaseException as refused:
                 kind = RECORD_ERROR
                 body = dumps_exception(self._pickler, refused)
