@@ -147,11 +147,11 @@ class AgentState:
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
         stopping, hire_at, look_at = self._calls.stopping, self._hiring.hire_at, self._dispatch.look_at
-        share_at = self._dispatch.sharing.due_at
-        if not stopping and hire_at is None and self._fence_at is None and share_at is None:
+        share_at, kill_at = self._dispatch.sharing.due_at, self._hiring.kill_at
+        if not stopping and hire_at is None and self._fence_at is None and share_at is None and kill_at is None:
             return look_at  # the common case
         deadlines = [call.grace_due for call in stopping.values()]
-        deadlines += [at for at in (hire_at, look_at, share_at, self._fence_at) if at is not None]
+        deadlines += [at for at in (hire_at, look_at, share_at, kill_at, self._fence_at) if at is not None]
         return min(deadlines, default=None)
 
     def story(self, task_id: int) -> list[Transition]:
@@ -416,6 +416,8 @@ class AgentState:
         calls, hiring, dispatch = self._calls, self._hiring, self._dispatch
         if hiring.hire_at is not None and hiring.hire_at <= now:
             hiring.hire_at = None
+        if hiring.kill_at is not None and hiring.kill_at <= now:
+            hiring.kill_lingering()
         if self._fence_at is not None and self._fence_at <= now:
             self._fence_at = None
             calls.stop_all()
