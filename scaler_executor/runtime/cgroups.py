@@ -1,10 +1,14 @@
-"""How often the kernel has killed a process for want of memory, by its own counters.
+"""What the kernel's control groups say: how many CPUs a process may use, and whether memory has run out.
 
-Those of the memory cgroup that a process is in, of version 1 or 2, or of the whole machine where there is none. They
-say that, and never whom: so what comes of them is a suspicion.
+The counters of kills for want of memory are those of the memory group that a process is in, of version 1 or 2, or of
+the whole machine where there is none. They say that something was killed, and never what: so what comes of them is a
+suspicion. This module and `platform` alone know the kernel's names for things.
 """
 
 from __future__ import annotations
+
+import os
+import sys
 
 from scaler_executor.runtime.platform import PORTABLE
 
@@ -50,3 +54,55 @@ def killed_for_memory(path: str | None) -> int | None:
     except (OSError, ValueError):
         pass
     return None
+
+
+def cpu_count_usable(*, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
+    """Return how many CPUs this process may use: its affinity, or its cgroup's quota rounded up where that is less."""
+    if sys.version_info >= (3, 13):
+        count = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    if PORTABLE:
+        return count
+    quotas = [_quota_cpus(group) for group in _cpu_cgroups(proc, cgroup)]
+    return max(1, min([count, *[quota for quota in quotas if quota is not None]]))
+
+
+def _cpu_cgroups(proc: str, cgroup: str) -> list[str]:
+    """Return the directories whose quotas bind this process: its group's and those of the groups around it."""
+    try:
+        with open(f"{proc}/self/cgroup") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the path may be the host's and not be there: the mount itself is then its own group.
+        mounts = {f"{cgroup}/cpu", f"{cgroup}/{controllers}"} if controllers else {cgroup, f"{cgroup}/unified"}
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            groups += ["/".join([mount, *parts[:depth]]) for mount in sorted(mounts)]
+    return groups
+
+
+def _quota_cpus(group: str) -> int | None:
+    """Return the quota of one group in CPUs, rounded up, or None if it has none."""
+    try:
+        try:
+            with open(f"{group}/cpu.max") as file:
+                quota_us, period_us = file.read().split()
+        except FileNotFoundError:
+            with open(f"{group}/cpu.cfs_quota_us") as file:
+                quota_us = file.read().strip()
+            with open(f"{group}/cpu.cfs_period_us") as file:
+                period_us = file.read().strip()
+        if quota_us == "max" or int(quota_us) <= 0:
+            return None
+        return -(-int(quota_us) // int(period_us))
+    except (OSError, ValueError):
+        return None

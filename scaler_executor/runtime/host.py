@@ -36,13 +36,13 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.runtime import log, platform
 from scaler_executor.runtime.agent import AgentRuntime
-from scaler_executor.runtime.forker import start_forker_by_fork
+from scaler_executor.runtime.forker_start import start_forker_by_fork
 from scaler_executor.runtime.identity import Identity
 from scaler_executor.runtime.loop import Loop
 from scaler_executor.runtime.network import Dialer, Listener, Peer
 from scaler_executor.runtime.security import OWN_NAME, ClusterDirectory, Connection, Keys
 from scaler_executor.runtime.signals import watch_signals
-from scaler_executor.runtime.worker import WorkerConfig
+from scaler_executor.runtime.worker_config import WorkerConfig
 
 #: The agent in the scheduler's process; peers of the listener count from 1.
 LOCAL_AGENT: Final = 0

@@ -18,11 +18,9 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import perf_counter
-from types import FrameType, ModuleType
-from typing import Any, Final, NoReturn, TypedDict
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 from scaler_executor.errors import TaskInterrupted
 from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
@@ -51,7 +49,6 @@ from scaler_executor.protocol.page import (
     RING_SLOTS,
     STOP,
 )
-from scaler_executor.runtime import spawning
 from scaler_executor.runtime.calls import (
     PLAIN_TYPES,
     CallPickler,
@@ -62,11 +59,13 @@ from scaler_executor.runtime.calls import (
     load_run,
     loads_value,
 )
-from scaler_executor.runtime.identity import Identity, run_as_process
+from scaler_executor.runtime.identity import run_as_process
 from scaler_executor.runtime.last_words import LastWords
 from scaler_executor.runtime.namespace_worker import WorkerMain
-from scaler_executor.runtime.platform import Bell, flush_c_streams, move_away, name_process, range_buffer
+from scaler_executor.runtime.platform import Bell, flush_c_streams, range_buffer
+from scaler_executor.runtime.standard_streams import StandardStreams
 from scaler_executor.runtime.transport import StreamReader
+from scaler_executor.runtime.worker_config import NUDGE, Setup, WorkerConfig, take_over_process
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
 RING_INTERVAL_S: Final = 0.005
@@ -76,55 +75,10 @@ MAX_RANGE_VALUE_BYTES: Final = 4096
 MAX_START_ERROR_BYTES: Final = 1 << 15
 #: Exit code of a worker that cannot go on because a call has closed its descriptors: EX_IOERR.
 EXIT_CLOSED: Final = 74
-#: Ends a system call and does nothing else. Ignored where it has no handler, as in a program that a call started.
-NUDGE: Final = signal.SIGURG
 
 _dumps = pickle.dumps
 _loads = pickle.loads
 _pack = RECORD.pack
-
-
-@dataclass
-class WorkerConfig:
-    """What is the same for all workers of a forker."""
-
-    #: Run before the first call, with `initargs`.
-    initializer: Callable[..., Any] | None = None
-    initargs: tuple[Any, ...] = ()
-    #: Pickle of (initializer, initargs), loaded in each worker; used instead of the two above when given.
-    initializer_pickle: bytes | None = None
-    #: The definitions that it needs: (name, version, buffers of the pickle).
-    definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
-    #: See `namespace_worker.WorkerMain`; None unless the workers are forks of the user's process.
-    inherited_main: dict[str, Any] | None = None
-    #: {number: handler}, set in each worker: the forker has none of the user's.
-    signal_handlers: dict[int, Any] = field(default_factory=dict)
-    #: Signals that each worker blocks: the forker blocks none.
-    blocked_signals: list[int] = field(default_factory=list)
-    #: Set in each worker; None where they are inherited.
-    sys_path: list[str] | None = None
-    cwd: str | None = None
-    argv: list[str] | None = None
-    #: See `spawning`.
-    descriptors: list[int] = field(default_factory=list)
-    #: What multiprocessing is told.
-    identity: Identity = field(default_factory=Identity)
-    #: Modules that the forker imports, for all.
-    preload: list[str] = field(default_factory=list)
-    #: What `ps` shows; at most 15 bytes count.
-    name: str = "scaler-worker"
-
-
-class Setup(TypedDict):
-    """What a worker that a client has not started itself does once, before the client's first call: the payload of a
-    function of style SETUP."""
-
-    #: As in `WorkerConfig`.
-    initializer_pickle: bytes | None
-    definitions: list[tuple[str, int, list[bytes]]]
-    argv: list[str]
-    #: Added behind the worker's own.
-    sys_path: list[str]
 
 
 def worker_main(
@@ -186,8 +140,7 @@ class Worker:
         self._batch_ended = False
         #: When results were last announced, or work began after a pause.
         self._rang_at = 0.0
-        #: {1 or 2: a copy of it}, for when a call has closed it.
-        self._streams: dict[int, int] = {}
+        self._streams = StandardStreams()
 
     def start(self) -> None:
         """Become a process fit for user code and run the initializer."""
@@ -200,7 +153,7 @@ class Worker:
         self._last_words.copy_stderr()
         self._last_words.handle_faults(self._page_fd)  # the user's own handlers come after it
         try:
-            _take_over_process(config)
+            take_over_process(config)
             self._prepare(config.definitions, config.initializer_pickle)
         except BaseException as error:
             self._exit_if_fork(error)
@@ -259,7 +212,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve messages until the socket ends or a call was interrupted."""
-        self._keep_streams()
+        self._streams.keep()
         try:
             self._run()
         except OSError as error:
@@ -283,33 +236,7 @@ class Worker:
                     _exit()
                 if signal.getsignal(signal.SIGINT) != on_interrupt:
                     signal.signal(signal.SIGINT, on_interrupt)  # a call installed its own
-                self._restore_streams()
-
-    def _keep_streams(self) -> None:
-        for fd in (1, 2):
-            try:
-                self._streams[fd] = move_away(os.dup(fd))
-            except OSError:
-                pass  # there is none
-
-    def _restore_streams(self) -> None:
-        """Open the standard streams again that a call has closed, or the next file to be opened would get what others
-        print. Those that it has redirected stay so."""
-        try:
-            for fd in (0, *self._streams):
-                os.get_inheritable(fd)
-        except OSError:
-            pass
-        else:
-            return
-        null = os.open(os.devnull, os.O_RDONLY)  # its number is the lowest that is free
-        if null:
-            os.close(null)
-        for fd, kept in self._streams.items():
-            try:
-                os.get_inheritable(fd)
-            except OSError:
-                os.dup2(kept, fd)
+                self._streams.restore()
 
     def _serve(self, message: WorkerRun) -> None:
         """Make the calls of one message."""
@@ -621,11 +548,7 @@ class Worker:
             os.close(self._pipe_fd)
         except OSError:
             pass
-        for fd in self._streams.values():
-            try:
-                os.close(fd)  # whoever reads from it would wait for the child's end
-            except OSError:
-                pass
+        self._streams.let_go()
         if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._last_words.leave_faults()
@@ -686,29 +609,3 @@ def _exit(code: int = 0) -> NoReturn:
         _flush_streams()
     finally:
         os._exit(code)
-
-
-def _take_over_process(config: WorkerConfig) -> None:
-    """Make what was inherited this process's own."""
-    fd = os.open(os.devnull, os.O_RDONLY)
-    if fd != 0:
-        os.dup2(fd, 0)
-        os.close(fd)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    name_process(config.name)
-    for number, handler in config.signal_handlers.items():
-        try:
-            signal.signal(number, handler)
-        except (OSError, ValueError):
-            pass  # it was C code that set it, past the interpreter's own rules
-    # After the handlers. Without those by which calls are stopped.
-    signal.pthread_sigmask(signal.SIG_SETMASK, set(config.blocked_signals) - {signal.SIGINT, NUDGE})
-    spawning.receive(config.descriptors)
-    if config.sys_path is not None:
-        sys.path[:] = config.sys_path
-        # A fresh interpreter's __main__ is ours: nothing in it may be taken for the user's.
-        sys.modules["__main__"] = ModuleType("__main__")
-    if config.argv is not None:
-        sys.argv[:] = config.argv
-    if config.cwd is not None:
-        os.chdir(config.cwd)
