@@ -29,6 +29,13 @@ def cluster(served: Served) -> Served:
     return served
 
 
+@pytest.fixture(autouse=True)
+def output(served: Served) -> Iterator[None]:
+    """What calls print where they are served is read, or they would wait for that."""
+    yield
+    served.scheduler.output.read()
+
+
 @pytest.fixture(params=["fork", "spawn", "served"])
 def start_method(request: pytest.FixtureRequest) -> str:
     """Reports are the same wherever the worker was."""
@@ -87,9 +94,9 @@ def test_item_of_a_map(executor: ScalerExecutor) -> None:
 
 def test_much(executor: ScalerExecutor) -> None:
     """Of a long story the end is kept, in whole lines, and at most 4 KB."""
-    error = death_of(executor.submit(calls.say_much_and_die, 5000))
+    error = death_of(executor.submit(calls.say_much_and_die, 2000))
     lines = error.stderr.splitlines()
-    assert lines == [f"line {number}" for number in range(5000 - len(lines), 5000)]
+    assert lines == [f"line {number}" for number in range(2000 - len(lines), 2000)]
     assert len(lines) > 300 and len(error.stderr) <= 4096
 
 
