@@ -6,7 +6,7 @@ import signal
 from concurrent.futures.process import BrokenProcessPool
 
 from scaler_executor.errors import title_of
-from scaler_executor.protocol.messages import DeathReport
+from scaler_executor.protocol.messages import Death, DeathReport
 
 _UNITS_MIB = 1 << 20
 
@@ -26,10 +26,14 @@ class WorkerDiedError(BrokenProcessPool):
         pid: Process id of the worker there.
         worker_id: Number of the worker on that machine.
         attempt: 1 for the first time that the call was made.
+        out_of_memory: True if the kernel's counters say that it has killed a process for want of memory meanwhile,
+        False if they do not, None if no SIGKILL ended the process or there are no counters.
         peak_memory_bytes: The most memory that the worker's process used, 0 if it is not known.
+        stderr: The end of what the call wrote to `sys.stderr`, at most 4 KB; not what C code or other programs wrote.
+        fault: The call's stack at a fatal fault (SIGSEGV, SIGFPE, SIGABRT, SIGBUS, SIGILL) in the format of
+        `faulthandler`, "" if there was none.
         story: What the cluster remembers of the call, for bug reports; may be empty.
-        earlier: WorkerDiedErrors of the attempts before this one (the latest 20), with `reason`, `exit_code`, `host`,
-            `pid` and `attempt`.
+        earlier: WorkerDiedErrors of the attempts before this one, the latest 20.
     """
 
     __module__ = "scaler_executor"
@@ -41,12 +45,15 @@ class WorkerDiedError(BrokenProcessPool):
     pid: int = 0
     worker_id: int = 0
     attempt: int = 1
+    out_of_memory: bool | None = None
     peak_memory_bytes: int = 0
+    stderr: str = ""
+    fault: str = ""
     story: str = ""
     earlier: list[WorkerDiedError] = []
 
     @classmethod
-    def from_report(cls, report: DeathReport, call_name: str = "") -> WorkerDiedError:
+    def from_report(cls, report: Death, call_name: str = "") -> WorkerDiedError:
         """Return the error that tells a user of `report`."""
         what = f"the worker died in {title_of(call_name) or 'this call'}"
         details = [f"host {report.host}" if report.host else "", f"pid {report.pid}" if report.pid else ""]
@@ -55,20 +62,17 @@ class WorkerDiedError(BrokenProcessPool):
         if report.peak_memory_bytes:
             details.append(f"peak memory {report.peak_memory_bytes // _UNITS_MIB} MiB")
         aside = ", ".join(filter(None, details))
-        message = f"{what}: {report.reason}" + (f" ({aside})" if aside else "")
-        for death in report.earlier:
+        sentence = f"{what}: {report.reason}" + (f" ({aside})" if aside else "")
+        before = []
+        earlier = report.earlier if isinstance(report, DeathReport) else []
+        for death in earlier:
             where = ", ".join(filter(None, [death.host, f"pid {death.pid}" if death.pid else ""]))
-            message += f"\n  attempt {death.attempt}: {death.reason}" + (f" ({where})" if where else "")
-        self = cls(message)
+            before.append(f"  attempt {death.attempt}: {death.reason}" + (f" ({where})" if where else ""))
+        self = cls("\n".join(filter(None, (sentence, *before, report.last_words))))
         self.call_name = call_name
         for name in report.__struct_fields__:
             setattr(self, name, getattr(report, name))
-        self.earlier = []
-        for death in report.earlier:
-            other = cls(f"{what}: {death.reason}")
-            other.call_name, other.reason, other.exit_code = call_name, death.reason, death.exit_code
-            other.host, other.pid, other.attempt, other.earlier = death.host, death.pid, death.attempt, []
-            self.earlier.append(other)
+        self.earlier = [cls.from_report(death, call_name) for death in earlier]
         return self
 
     @property

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scaler_executor import CancelOutcome, ScalerExecutor, ScalerFuture, WorkerDiedError
-from scaler_executor.runtime.platform import cpu_count_usable
+from scaler_executor.runtime.cgroups import cpu_count_usable
 
 #: About the whole library without its tests. A plain loop takes some seconds for it, and the demo does it four times.
 _SAMPLE_BYTES = 12_000_000

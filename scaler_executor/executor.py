@@ -27,8 +27,8 @@ from scaler_executor.defaults import (
 )
 from scaler_executor.options import MAX_RETRIES, check_count, check_seconds, check_timeout, merge
 from scaler_executor.runtime import exiting as exiting  # first of all, see there
+from scaler_executor.runtime.cgroups import cpu_count_usable
 from scaler_executor.runtime.cluster import EmbeddedCluster
-from scaler_executor.runtime.platform import cpu_count_usable
 
 # Everything else of ours is imported when the processes have been started: both take some ten milliseconds, and go on
 # side by side.

@@ -324,7 +324,19 @@ class ScalerFuture(Future[T]):
             try:
                 callback(self)
             except BaseException:  # user code: whatever it raises must not end the thread that calls everybody's
-                LOGGER.exception("exception calling callback for %r", self)
+                self._log_failed_callback()
+
+    def _log_failed_callback(self) -> None:
+        """Log the exception that is being handled. Both steps run user code again: a result is unpickled to be shown,
+        and a handler may be anything."""
+        try:
+            shown = repr(self)
+        except BaseException:
+            shown = object.__repr__(self)
+        try:
+            LOGGER.exception("exception calling callback for %s", shown)
+        except BaseException:
+            pass
 
     # Settling
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from scaler_executor.runtime.cgroups import cpu_count_usable
 from scaler_executor.runtime.cluster import fill_standard_descriptors
-from scaler_executor.runtime.platform import cpu_count_usable
 from scaler_executor.runtime.security import (
     OWN_NAME,
     ClusterDirectory,

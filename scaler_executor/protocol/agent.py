@@ -150,13 +150,13 @@ class AgentState:
     def next_deadline(self) -> float | None:
         """Return when the next Tick is due, or None."""
         stopping, hire_at, look_at = self._calls.stopping, self._hiring.hire_at, self._dispatch.look_at
-        share_at = self._dispatch.sharing.due_at
-        timed = self._timeouts.running
-        if not stopping and not timed and hire_at is None and self._fence_at is None and share_at is None:
+        share_at, kill_at, timed = self._dispatch.sharing.due_at, self._hiring.kill_at, self._timeouts.running
+        others = hire_at, share_at, kill_at, self._fence_at
+        if not stopping and not timed and others == (None, None, None, None):
             return look_at  # the common case
         deadlines = [call.grace_due for call in stopping.values()]
         deadlines += self._timeouts.deadlines()
-        deadlines += [at for at in (hire_at, look_at, share_at, self._fence_at) if at is not None]
+        deadlines += [at for at in (look_at, *others) if at is not None]
         return min(deadlines, default=None)
 
     def story(self, task_id: int) -> list[Transition]:
@@ -391,15 +391,16 @@ class AgentState:
         self._hiring.reaped(worker)
         self._calls.to_freeze.pop(event.worker_id, None)
         self._timeouts.exited(event.worker_id)
+        cause = "\n".join(filter(None, (event.report.reason, event.report.last_words)))
         if worker.state in ("FORKING", "STARTING"):
-            reason = None if event.forker_lost else self._hiring.start_failed(worker, event.report.reason)
+            reason = None if event.forker_lost else self._hiring.start_failed(worker, cause)
             if reason is not None:
                 self._calls.break_client(worker.client_id, reason)
         elif worker.state == "READY" and worker.held:
             # One that dies idle is replaced when there is work: it may be what its initializer started that ends it.
             self._hiring.leave(worker)
             if not event.current and not event.forker_lost:
-                reason = self._hiring.died_unused(worker, event.report.reason)
+                reason = self._hiring.died_unused(worker, cause)
                 if reason is not None:
                     self._calls.break_client(worker.client_id, reason)
         calls = list(worker.held)
@@ -427,6 +428,8 @@ class AgentState:
         calls, hiring, dispatch = self._calls, self._hiring, self._dispatch
         if hiring.hire_at is not None and hiring.hire_at <= now:
             hiring.hire_at = None
+        if hiring.kill_at is not None and hiring.kill_at <= now:
+            hiring.kill_lingering()
         if self._fence_at is not None and self._fence_at <= now:
             self._fence_at = None
             calls.stop_all()

@@ -75,6 +75,8 @@ class Client:
         self.slice_end = 0.0
         #: How long it took until the worker that came last was ready.
         self.start_s = 0.0
+        #: When its workers that have not exited by themselves are killed; infinite unless it is gone.
+        self.workers_due = float("inf")
 
     def next_queued(self) -> Call | None:
         """Return the call whose turn it is, without taking it."""

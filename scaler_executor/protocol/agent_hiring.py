@@ -24,6 +24,8 @@ MAX_FORK_FAILURES: Final = 30
 #: there would be more forking than work. It is longer by a multiple of the time that its workers take to start.
 SLICE_S: Final = 0.2
 START_FACTOR: Final = 4
+#: So long the workers of a client that is gone may take to exit: a thread that a call has left there may never end.
+GONE_EXIT_S: Final = 60.0
 INFINITY: Final = float("inf")
 
 
@@ -50,6 +52,8 @@ class Hiring:
         self.gone_clients: set[int] = set()
         #: Workers of an earlier epoch.
         self.old_workers: set[int] = set()
+        #: When workers of clients that are gone are killed next, or None.
+        self.kill_at: float | None = None
         #: Nobody is hired any more, and who has nothing to do may go.
         self.draining = False
 
@@ -243,6 +247,25 @@ class Hiring:
         self._fork_failures.pop(client_id, None)
         self.unused_deaths.pop(client_id, None)
         self.retire_unused(client_id)
+        client = self._crew.clients.get(client_id)
+        if client is not None:
+            client.workers_due = self._output.now + GONE_EXIT_S
+            self.kill_at = client.workers_due if self.kill_at is None else self.kill_at
+
+    def kill_lingering(self) -> None:
+        """Kill what has not exited of clients that are gone for so long. Not while draining: then whoever waits for the
+        end of this agent waits for them as well, and knows what for."""
+        self.kill_at = None
+        for worker in self._crew.workers.values():
+            due = worker.client.workers_due
+            if due == INFINITY or worker.killed or self.draining:
+                continue
+            if due <= self._output.now and worker.retired and worker.pid and not worker.held:
+                worker.killed = True
+                self._output.instructions.append(Kill(worker.worker_id))
+            else:
+                due = max(due, self._output.now + GONE_EXIT_S / 2)  # its call is being stopped
+                self.kill_at = due if self.kill_at is None else min(self.kill_at, due)
 
     def kill_all(self) -> None:
         """Kill the workers of all clients, who are forgotten: their numbers may come again and mean others."""
@@ -254,6 +277,7 @@ class Hiring:
             self.unused_deaths,
         ):
             table.clear()
+        self.kill_at = None
         for worker in self._crew.workers.values():
             worker.freeze = {} if worker.freeze is not None else None
             self._crew.idle.pop(worker.worker_id, None)

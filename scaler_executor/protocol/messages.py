@@ -18,6 +18,8 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from scaler_executor.protocol.death_report import Death as Death
+from scaler_executor.protocol.death_report import DeathReport as DeathReport
 from scaler_executor.protocol.status_rows import AgentStatus as AgentStatus
 from scaler_executor.protocol.status_rows import CallStatus as CallStatus
 from scaler_executor.protocol.status_rows import ClientStatus as ClientStatus
@@ -125,30 +127,6 @@ class Function(msgspec.Struct, array_like=True):
     options: Options = Options()
     needs: list[int] = []  # definitions, by id
     version: int = 0  # of a definition: a worker takes only what is newer than what it has
-
-
-class EarlierDeath(msgspec.Struct, array_like=True):
-    """What is left of a `DeathReport` when its call has been tried again."""
-
-    reason: str
-    exit_code: int | None = None
-    host: str = ""
-    pid: int = 0
-    attempt: int = 1
-
-
-class DeathReport(msgspec.Struct, array_like=True):
-    """Why a worker is gone, for `WorkerDiedError`."""
-
-    reason: str  # a sentence without the call's name
-    exit_code: int | None = None  # negative: the signal, as in subprocess; None: nobody could tell
-    host: str = ""
-    pid: int = 0
-    worker_id: int = 0
-    attempt: int = 1
-    peak_memory_bytes: int = 0
-    story: str = ""
-    earlier: list[EarlierDeath] = []  # the attempts before this one, the latest ones of many
 
 
 #: Client to scheduler, one submitted task: (no, items, function_id, payload).
@@ -507,6 +485,7 @@ class WorkerExited(Message, tag=38):
     done: int
     item: int
     peak_memory_bytes: int = 0
+    out_of_memory: bool | None = None  # see `DeathReport`
 
 
 ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TasksAgain | TaskCancel | InheritanceReplaced

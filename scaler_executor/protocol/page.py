@@ -51,13 +51,28 @@ PENDING: Final = 6
 RANGE_SEQ: Final = 7
 RANGE_FIRST: Final = 8
 
+#: What the process last wrote to stderr stands in a ring of bytes behind the range buffer: so many bytes in all since
+#: the call and item that they are of. Written by the worker.
+STDERR_COUNT: Final = 10
+STDERR_SEQ: Final = 11
+STDERR_ITEM: Final = 12
+#: 1 if the user's program wants the stack of a fatal fault on stderr. Written by the worker.
+SHOW_FAULT: Final = 13
+
 HEADER_WORDS: Final = 16
 #: So many calls may be in a worker's hands at once.
 RING_SLOTS: Final = 1000
 PAGE_WORDS: Final = HEADER_WORDS + RING_SLOTS
 #: The range buffer, behind the words.
 RANGE_BYTES: Final = 1 << 16
-PAGE_BYTES: Final = 8 * PAGE_WORDS + RANGE_BYTES
+RANGE_START: Final = 8 * PAGE_WORDS
+#: The ring of what was written to stderr, behind that.
+STDERR_BYTES: Final = 1 << 12
+STDERR_START: Final = RANGE_START + RANGE_BYTES
+#: What the fault handler writes of a fatal fault, zeros behind it. What does not fit is lost.
+FAULT_BYTES: Final = 1 << 14
+FAULT_START: Final = STDERR_START + STDERR_BYTES
+PAGE_BYTES: Final = FAULT_START + FAULT_BYTES
 
 
 def slot(seq: int) -> int:

@@ -17,7 +17,7 @@ from scaler_executor.protocol.messages import (
     ClientConfirmRow,
     ClientLimit,
     ClientResultRow,
-    EarlierDeath,
+    Death,
     Function,
     RunRow,
 )
@@ -45,7 +45,7 @@ class Task:
     attempt: int = 1
     #: How often it was tried and lost its worker so far, and what became of those attempts.
     deaths: int = 0
-    earlier: tuple[EarlierDeath, ...] = ()
+    earlier: tuple[Death, ...] = ()
     #: A lost scheduler had it before; until it is in QUEUED here.
     is_again: bool = False
     #: Items answered, from the front. The others are outstanding.

@@ -25,8 +25,8 @@ from scaler_executor.protocol.machine import Story, forbidden, peer_error
 from scaler_executor.protocol.messages import (
     AgainRow,
     CancelKind,
+    Death,
     DeathReport,
-    EarlierDeath,
     ResultKind,
     TaskCancelConfirmType,
 )
@@ -228,8 +228,7 @@ class SchedulerTasks:
         task.deaths += 1
         report.attempt = task.attempt
         if task.deaths <= task.function.function.options.retries:
-            earlier = EarlierDeath(report.reason, report.exit_code, report.host, report.pid, report.attempt)
-            task.earlier = (*task.earlier[1 - MAX_EARLIER :], earlier)
+            task.earlier = (*task.earlier[1 - MAX_EARLIER :], _without_earlier(report))
             task.state, task.agent_cancel_no, task.running_since = ASSIGNED, 0, None
             # A client that loses this scheduler must know how often it may still have it tried by another.
             task.client.retried.append((task.no, task.deaths))
@@ -382,6 +381,10 @@ class SchedulerTasks:
             return
         client.queue.appendleft(task)
         self._assignment.line_up(client)
+
+
+def _without_earlier(report: DeathReport) -> Death:
+    return Death(*[getattr(report, name) for name in Death.__struct_fields__])
 
 
 _Cell: TypeAlias = Callable[..., None]

@@ -31,6 +31,7 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.page import CURRENT, DONE, ITEM, RANG, slot
 from scaler_executor.runtime import log, platform
+from scaler_executor.runtime.last_words import fault_of, stderr_of
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.pipe import WorkerResults
 from scaler_executor.runtime.transport import StreamWriter
@@ -60,6 +61,8 @@ class WorkerHandle:
         self.retired = False
         #: Its pipe is watched, because a record is only half here.
         self.is_watched = False
+        #: Why we had it killed, if we had.
+        self.killed_for = ""
 
     def close(self) -> None:
         self.socket.close()
@@ -241,6 +244,7 @@ class AgentRuntime:
     def _distrust(self, handle: WorkerHandle, error: RemoteProtocolError) -> None:
         """User code has written into our pipe: the worker is no use any more."""
         log.warn("agent", "worker %d (pid %d) wrote nonsense and is killed: %s", handle.worker_id, handle.pid, error)
+        handle.killed_for = f"the worker process wrote nonsense where its results go, and was killed: {error}"
         self._loop.forget(handle.results.fileno())
         self._tell_forker(KillWorker(handle.worker_id))
 
@@ -347,12 +351,15 @@ class AgentRuntime:
         if handle is None:
             return
         report = DeathReport(
-            reason=_sentence(message.exit_code),
+            reason=handle.killed_for or _sentence(message.exit_code, message.out_of_memory),
             exit_code=message.exit_code,
             host=socket.gethostname(),
             pid=message.pid,
             worker_id=message.worker_id,
             peak_memory_bytes=message.peak_memory_bytes,
+            out_of_memory=message.out_of_memory,
+            stderr=stderr_of(handle.page, message.current, message.item),
+            fault=fault_of(handle.page),
         )
         self._bury(handle, message.current, message.done, message.item, report)
 
@@ -412,11 +419,12 @@ class AgentRuntime:
             host=socket.gethostname(),
             pid=handle.pid,
             worker_id=handle.worker_id,
+            stderr=stderr_of(page, page[CURRENT], page[ITEM]),
         )
         self._bury(handle, page[CURRENT], page[DONE], page[ITEM], report, forker_lost=True)
 
 
-def _sentence(exit_code: int) -> str:
+def _sentence(exit_code: int, out_of_memory: bool | None) -> str:
     """Say in words how a worker ended."""
     if exit_code >= 0:
         return f"the worker process exited with code {exit_code}"
@@ -424,5 +432,11 @@ def _sentence(exit_code: int) -> str:
         name = signal.Signals(-exit_code).name
     except ValueError:
         name = f"signal {-exit_code}"
-    hint = ", possibly because the machine ran out of memory" if -exit_code == signal.SIGKILL else ""
+    hint = ""
+    if out_of_memory:
+        hint = ", possibly out of memory: the kernel says that it has killed a process for want of it"
+    elif -exit_code == signal.SIGKILL:
+        hint = ", possibly out of memory: whether it was, cannot be told here"
+        if out_of_memory is not None:
+            hint = ", which somebody sent: the kernel says that it has killed nothing for want of memory"
     return f"the worker process was killed by {name}{hint}"

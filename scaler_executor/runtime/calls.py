@@ -322,7 +322,9 @@ def loads_exception(payload: Payload) -> BaseException:
         error = RemoteError(type_name, text, trace) if pickled is None else _loads(pickled)
         if not isinstance(error, BaseException):
             raise TypeError(f"unpickled to a {type(error).__qualname__}")
-    except Exception as failure:
+    except KeyboardInterrupt:
+        raise  # the user's, most probably: it can be read again
+    except BaseException as failure:
         error = RemoteError(type_name, f"{text} (it cannot be unpickled here: {failure!r})", trace)
     if trace:
         error.__cause__ = RemoteTraceback(f'\n"""\n{trace}"""')
@@ -344,7 +346,9 @@ def loads_values(payload: Payload, count: int) -> list[Any]:
     if count == 1:
         try:
             values.append(loads_value(payload))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             values.append(LoadFailed(error))
         return values
     if not isinstance(payload, bytes):
@@ -355,7 +359,9 @@ def loads_values(payload: Payload, count: int) -> list[Any]:
         end = _pickle_end(payload, at)
         try:
             append(_loads(payload[at:end]))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             append(LoadFailed(error))
         at = end
     if at != len(payload):

@@ -242,7 +242,7 @@ class EmbeddedCluster(Cluster):
 
         self.main = MainDefinitions()
         if self._control is not None:
-            import scaler_executor.runtime.forker  # noqa: F401 - the fork of it must import nothing
+            import scaler_executor.runtime.forker_start  # noqa: F401 - the fork of it must import nothing
 
             platform.prepare()
 
@@ -316,9 +316,9 @@ class EmbeddedCluster(Cluster):
         self._config_socket.close()
 
     def _fork_forker(self, inherited_main: dict[str, Any], key: bytes) -> None:
-        from scaler_executor.runtime.forker import fork_forker
+        from scaler_executor.runtime.forker_start import fork_forker
         from scaler_executor.runtime.identity import Identity
-        from scaler_executor.runtime.worker import WorkerConfig
+        from scaler_executor.runtime.worker_config import WorkerConfig
 
         control, self._control = self._control, None
         assert control is not None

@@ -15,15 +15,13 @@ As the workers' parent the forker cannot signal a stranger: a pid is reused only
 from __future__ import annotations
 
 import array
-import importlib
 import os
 import select
 import signal
 import socket
 import sys
-import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any, Final, NoReturn
@@ -45,8 +43,10 @@ from scaler_executor.protocol.messages import (
     WorkerFrozen,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, HEARD, INTERRUPT, ITEM, STOP, slot
-from scaler_executor.runtime import platform
-from scaler_executor.runtime.worker import NUDGE, WorkerConfig, worker_main
+from scaler_executor.runtime import cgroups, platform
+from scaler_executor.runtime.last_words import show_fault
+from scaler_executor.runtime.worker import worker_main
+from scaler_executor.runtime.worker_config import NUDGE, WorkerConfig
 
 PIPE_BYTES: Final = 1 << 20
 MAX_PACKET_BYTES: Final = 1 << 17
@@ -76,6 +76,10 @@ class _Worker:
     was_stopped: bool = False
     #: We sent SIGKILL.
     killed: bool = False
+    #: The kernel's counter of kills for want of memory: where it is, and where it stood when the worker was forked or
+    #: other deaths had been explained by it.
+    memory_path: str | None = None
+    memory_kills: int | None = None
     #: Its WorkerExited, once it is reaped; sent when its process group is empty.
     exited: WorkerExited | None = None
     #: When to look again (monotonic), and the pause before the next look; None: nothing is awaited but its death.
@@ -107,6 +111,7 @@ class Forker:
         self._bell_fd = -1
         self._stop_deadline_s = ForkerSetup().stop_deadline_s
         self._pid = os.getpid()
+        self._memory_path = cgroups.counter_path(self._pid)
         #: By which workers watch this process, -1 where the kernel does that.
         self._lifeline_fd = platform.watch_self() if platform.PORTABLE else -1
         # SIGCHLD comes as a byte here: when a worker has stopped, and when an orphan of a worker has ended, which no
@@ -205,7 +210,7 @@ class Forker:
             pid = os.fork()
             if pid == 0:
                 lifeline.hold()
-                self._become_worker(worker_id, call_there, pipe_there, page, [call_here, pipe_here, page_fd])
+                self._become_worker(worker_id, call_there, pipe_there, page_fd, page, [call_here, pipe_here])
             pidfd = lifeline.watch(pid)
         except OSError as error:
             if pid:
@@ -222,6 +227,8 @@ class Forker:
         os.close(call_there)
         os.close(pipe_there)
         worker = _Worker(worker_id, pid, pidfd, page)
+        worker.memory_path = self._memory_path
+        worker.memory_kills = cgroups.killed_for_memory(self._memory_path)
         self._workers[worker_id] = worker
         self._by_pidfd[pidfd] = worker
         if not platform.PORTABLE:  # a lifeline tells of nothing that SIGCHLD does not, and a call may close it
@@ -229,7 +236,9 @@ class Forker:
         ours = [call_here, pipe_here, page_fd]
         self._send(WorkerForked(worker_id, pid), [*ours, pidfd], ours)
 
-    def _become_worker(self, worker_id: int, call_fd: int, pipe_fd: int, page: memoryview, fds: list[int]) -> NoReturn:
+    def _become_worker(
+        self, worker_id: int, call_fd: int, pipe_fd: int, page_fd: int, page: memoryview, fds: list[int]
+    ) -> NoReturn:
         """Go on as the worker, with nothing of the forker's."""
         try:
             signal.set_wakeup_fd(-1)
@@ -246,9 +255,10 @@ class Forker:
                     os.close(fd)
             for worker in self._workers.values():
                 platform.unmap_page(worker.page)
-            bell = platform.Bell.for_ringing(self._bell_fd)
+            call_fd, pipe_fd, page_fd, bell_fd = map(platform.move_away, (call_fd, pipe_fd, page_fd, self._bell_fd))
             self._config.identity.name = f"ScalerWorker-{worker_id}"
-            worker_main(socket.socket(fileno=call_fd), pipe_fd, page, bell, self._config)
+            bell = platform.Bell.for_ringing(bell_fd)
+            worker_main(socket.socket(fileno=call_fd), pipe_fd, page, page_fd, bell, self._config)
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
@@ -401,6 +411,10 @@ class Forker:
         ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
             return  # its threads are still ending
+        out_of_memory = None
+        if ended.si_code == os.CLD_KILLED and ended.si_status == signal.SIGKILL and not worker.killed:
+            out_of_memory = self._ran_out_of_memory(worker)
+        show_fault(worker.page)
         if worker.killed or worker.page[INTERRUPT] or ended.si_code != os.CLD_EXITED or ended.si_status:
             # What a stopped or dead call has started goes with it. Nobody else can have the number of a zombie.
             worker.killed = True
@@ -415,6 +429,7 @@ class Forker:
             page[DONE],
             page[ITEM],
             platform.peak_memory_bytes(usage),
+            out_of_memory,
         )
         worker.freezes.clear()
         if not platform.PORTABLE:
@@ -422,6 +437,23 @@ class Forker:
         if worker.killed and worker.stuck_at is None:
             self._await(worker)
         self._finish(worker)
+
+    def _ran_out_of_memory(self, worker: _Worker) -> bool | None:
+        """Tell whether a worker that somebody else has killed, and that is not reaped, may have been killed by the
+        kernel for want of memory; None: there is no counter."""
+        path, before = cgroups.counter_path_at_end(worker.pid, worker.memory_path), worker.memory_kills
+        if path != worker.memory_path:
+            before = 0  # a call has moved it into a group of its own
+        kills = cgroups.killed_for_memory(path)
+        if kills is None or before is None:
+            return None
+        if kills <= before:
+            return False
+        for other in self._workers.values():
+            # One kill explains one death, if it was there when the other worker was.
+            if other.memory_path == path and other.memory_kills is not None and other.memory_kills < kills:
+                other.memory_kills += 1
+        return True
 
     def _finish(self, worker: _Worker) -> None:
         """Report a reaped worker, if nothing is left of its group that has to go."""
@@ -483,102 +515,6 @@ class Forker:
                     platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
         finally:
             os._exit(0)
-
-
-def forker_main(control: socket.socket, config: WorkerConfig, creator: int, creator_pidfd: int) -> NoReturn:
-    """Run the forker in this process, which has one thread. Ends it."""
-    _reset_signals()
-    platform.become_subreaper()
-    for name in config.preload:
-        importlib.import_module(name)
-    Forker(control, config, creator, creator_pidfd).run()
-
-
-def start_forker_by_fork(config: WorkerConfig, not_inherited: Sequence[int] = ()) -> tuple[int, socket.socket]:
-    """Fork the forker from this process. Return its pid and the control socket; the caller reaps it."""
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        return fork_forker(config, there, [*not_inherited, here.fileno()]), here
-    except BaseException:
-        here.close()
-        raise
-    finally:
-        there.close()
-
-
-def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: list[int]) -> int:
-    """Fork the forker from this process. Return its pid; the caller reaps it.
-
-    It lives in a session of its own, so that a terminal's Ctrl-C does not reach it, and ends with this process or with
-    the control pair.
-
-    Args:
-        config: Of its workers.
-        control: The forker's end of the control pair; the caller closes its own copy.
-        not_inherited: Descriptors that the forker closes.
-    """
-    platform.prepare()
-    creator, creator_pidfd = os.getpid(), platform.watch_self()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()  # or the child would print it again
-        except (AttributeError, OSError, ValueError):
-            pass
-    with warnings.catch_warnings():
-        # Python 3.12 and later warn where there are threads: the child waits for none of their locks.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        # A Ctrl-C is not for the child: until it has a session of its own and ignores it, it waits.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        pid = -1
-        try:
-            pid = os.fork()
-        except BaseException:
-            os.close(creator_pidfd)
-            raise
-        finally:
-            if pid:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if pid:
-        os.close(creator_pidfd)
-        return pid
-    try:
-        signal.set_wakeup_fd(-1)  # it may be an event loop's of the parent
-        os.setsid()
-        for fd in not_inherited:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # closed before the fork, after it was listed
-        if platform.PORTABLE and config.identity.parent_pid == creator:
-            config.identity.parent_fd = creator_pidfd
-        forker_main(control, config, creator, creator_pidfd)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    finally:
-        os._exit(70)
-
-
-def _reset_signals() -> None:
-    """Give every signal the disposition that a fresh interpreter has, except SIGINT: it is ignored until a worker
-    handles it.
-
-    An inherited SIG_IGN for SIGCHLD would lose the exit statuses. SIGHUP stays ignored: that is what nohup does. A
-    handler of faults that the user enabled stays.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # first: one that waits is dropped by this
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if handler is None or handler == signal.SIG_DFL or number in platform.FAULTS:
-            continue
-        if number == signal.SIGHUP and handler == signal.SIG_IGN:
-            continue
-        ignored = number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
-        try:
-            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        except (OSError, ValueError):
-            pass
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _ignore(number: int, frame: Any) -> None:

@@ -16,11 +16,11 @@ from typing import Final
 from scaler_executor.protocol import link
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.runtime import platform
-from scaler_executor.runtime.forker import start_forker_by_fork
+from scaler_executor.runtime.forker_start import start_forker_by_fork
 from scaler_executor.runtime.identity import Identity
 from scaler_executor.runtime.loop import Loop
 from scaler_executor.runtime.signals import watch_signals
-from scaler_executor.runtime.worker import WorkerConfig
+from scaler_executor.runtime.worker_config import WorkerConfig
 
 #: Silence after which an agent counts as dead: it has stopped its calls by then, and a cut that is shorter than
 #: `scheduler.FENCE_S` is over.

@@ -54,7 +54,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from scaler_executor.protocol.page import PAGE_BYTES, PAGE_WORDS
+from scaler_executor.protocol.page import PAGE_BYTES, RANGE_BYTES, RANGE_START
 
 if TYPE_CHECKING:
     import resource
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 PORTABLE: Final = not sys.platform.startswith("linux") or os.environ.get("SCALER_EXECUTOR_PLATFORM") == "portable"
 #: How often a process asks whether its parent is still there; None: it need not ask.
 RESERVE_S: Final[float | None] = 1.0 if PORTABLE else None
+#: The descriptors of a worker's own have numbers from here on.
+FIRST_OWN_FD: Final = 256
 #: Signals by which the kernel reports a fault of the thread itself: it cannot wait, and a handler for it is there to
 #: tell of the fault.
 FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP})
@@ -455,8 +457,14 @@ def create_page() -> int:
         fd, path = tempfile.mkstemp(prefix="scaler-executor-")
         os.unlink(path)
     else:
-        fd = os.memfd_create("scaler-executor-page", os.MFD_CLOEXEC)
+        fd = os.memfd_create("scaler-executor-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, PAGE_BYTES)
+    if not PORTABLE:
+        try:
+            # What writes through the descriptor, the fault handler, goes no further than the page.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        except OSError:
+            pass
     return fd
 
 
@@ -467,7 +475,7 @@ def map_page(fd: int) -> memoryview:
 
 def range_buffer(words: memoryview) -> memoryview:
     """Return the range buffer of a mapped page; to be released before the page is unmapped."""
-    return memoryview(words.obj)[8 * PAGE_WORDS :]
+    return memoryview(words.obj)[RANGE_START : RANGE_START + RANGE_BYTES]
 
 
 def unmap_page(words: memoryview) -> None:
@@ -476,6 +484,16 @@ def unmap_page(words: memoryview) -> None:
     words.release()
     assert isinstance(mapping, mmap.mmap)
     mapping.close()
+
+
+def move_away(fd: int) -> int:
+    """Give a descriptor a number above those that programs close wholesale or count on, and return that."""
+    try:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_OWN_FD)
+    except OSError:
+        return fd  # so many are not allowed
+    os.close(fd)
+    return moved
 
 
 def grow_pipe(fd: int, size_bytes: int) -> None:
@@ -559,55 +577,3 @@ def use_cpus(cpus: list[int]) -> None:
     """Use no others."""
     if cpus and not PORTABLE:
         os.sched_setaffinity(0, cpus)
-
-
-def cpu_count_usable(*, proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
-    """Return how many CPUs this process may use: its affinity, or its cgroup's quota rounded up where that is less."""
-    if sys.version_info >= (3, 13):
-        count = os.process_cpu_count() or 1
-    elif hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    if PORTABLE:
-        return count
-    quotas = [_quota_cpus(group) for group in _cpu_cgroups(proc, cgroup)]
-    return max(1, min([count, *[quota for quota in quotas if quota is not None]]))
-
-
-def _cpu_cgroups(proc: str, cgroup: str) -> list[str]:
-    """Return the directories whose quotas bind this process: its group's and those of the groups around it."""
-    try:
-        with open(f"{proc}/self/cgroup") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # In a container the path may be the host's and not be there: the mount itself is then its own group.
-        mounts = {f"{cgroup}/cpu", f"{cgroup}/{controllers}"} if controllers else {cgroup, f"{cgroup}/unified"}
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            groups += ["/".join([mount, *parts[:depth]]) for mount in sorted(mounts)]
-    return groups
-
-
-def _quota_cpus(group: str) -> int | None:
-    """Return the quota of one group in CPUs, rounded up, or None if it has none."""
-    try:
-        try:
-            with open(f"{group}/cpu.max") as file:
-                quota_us, period_us = file.read().split()
-        except FileNotFoundError:
-            with open(f"{group}/cpu.cfs_quota_us") as file:
-                quota_us = file.read().strip()
-            with open(f"{group}/cpu.cfs_period_us") as file:
-                period_us = file.read().strip()
-        if quota_us == "max" or int(quota_us) <= 0:
-            return None
-        return -(-int(quota_us) // int(period_us))
-    except (OSError, ValueError):
-        return None

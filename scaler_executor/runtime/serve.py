@@ -19,7 +19,7 @@ from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.messages import ClientMessage, Hello, Message
-from scaler_executor.runtime import log, platform, surroundings
+from scaler_executor.runtime import cgroups, log, platform, surroundings
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.process import collect_rarely, raise_descriptor_limit
@@ -77,7 +77,7 @@ class Server:
             on_drained=self._loop.stop,
         )
         #: Of cores that may be spun on: one alone is wanted by whoever is waited for.
-        cpu_count = platform.cpu_count_usable()
+        cpu_count = cgroups.cpu_count_usable()
         self._cpu_count = cpu_count if cpu_count > 1 else 0
         self._loop.watch(sock.fileno(), self._on_client)
         self._loop.watch(client_pidfd, self._client_died)
@@ -210,9 +210,9 @@ class Server:
 
 def _start_forker(config: dict[str, Any]) -> socket.socket | None:
     """Fork the forker from this process, which is single-threaded and has imported nothing of the user's."""
-    from scaler_executor.runtime.forker import start_forker_by_fork
+    from scaler_executor.runtime.forker_start import start_forker_by_fork
     from scaler_executor.runtime.identity import Identity
-    from scaler_executor.runtime.worker import WorkerConfig
+    from scaler_executor.runtime.worker_config import WorkerConfig
 
     if config["start_method"] == "fork" and config["has_initializer"]:
         return None  # the initializer lived in the forker that is gone

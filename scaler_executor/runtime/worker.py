@@ -18,15 +18,13 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import perf_counter
-from types import FrameType, ModuleType
-from typing import Any, Final, NoReturn, TypedDict
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 from scaler_executor.errors import TaskInterrupted
 from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
-from scaler_executor.protocol.messages import CallStyle, Frames, Function, Payload, WorkerRun
+from scaler_executor.protocol.messages import CallStyle, DeathReport, Frames, Function, Payload, WorkerRun
 from scaler_executor.protocol.page import (
     CURRENT,
     DONE,
@@ -51,7 +49,6 @@ from scaler_executor.protocol.page import (
     RING_SLOTS,
     STOP,
 )
-from scaler_executor.runtime import spawning
 from scaler_executor.runtime.calls import (
     PLAIN_TYPES,
     CallPickler,
@@ -62,10 +59,13 @@ from scaler_executor.runtime.calls import (
     load_run,
     loads_value,
 )
-from scaler_executor.runtime.identity import Identity, run_as_process
+from scaler_executor.runtime.identity import run_as_process
+from scaler_executor.runtime.last_words import LastWords
 from scaler_executor.runtime.namespace_worker import WorkerMain
-from scaler_executor.runtime.platform import Bell, flush_c_streams, name_process, range_buffer
+from scaler_executor.runtime.platform import Bell, flush_c_streams, range_buffer
+from scaler_executor.runtime.standard_streams import StandardStreams
 from scaler_executor.runtime.transport import StreamReader
+from scaler_executor.runtime.worker_config import NUDGE, Setup, WorkerConfig, take_over_process
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
 RING_INTERVAL_S: Final = 0.005
@@ -73,62 +73,19 @@ RING_INTERVAL_S: Final = 0.005
 MAX_RANGE_VALUE_BYTES: Final = 4096
 #: More of an initializer's traceback than this helps nobody.
 MAX_START_ERROR_BYTES: Final = 1 << 15
-#: Ends a system call and does nothing else. Ignored where it has no handler, as in a program that a call started.
-NUDGE: Final = signal.SIGURG
+#: Exit code of a worker that cannot go on because a call has closed its descriptors: EX_IOERR.
+EXIT_CLOSED: Final = 74
 
 _dumps = pickle.dumps
 _loads = pickle.loads
 _pack = RECORD.pack
 
 
-@dataclass
-class WorkerConfig:
-    """What is the same for all workers of a forker."""
-
-    #: Run before the first call, with `initargs`.
-    initializer: Callable[..., Any] | None = None
-    initargs: tuple[Any, ...] = ()
-    #: Pickle of (initializer, initargs), loaded in each worker; used instead of the two above when given.
-    initializer_pickle: bytes | None = None
-    #: The definitions that it needs: (name, version, buffers of the pickle).
-    definitions: list[tuple[str, int, list[bytes]]] = field(default_factory=list)
-    #: See `namespace_worker.WorkerMain`; None unless the workers are forks of the user's process.
-    inherited_main: dict[str, Any] | None = None
-    #: {number: handler}, set in each worker: the forker has none of the user's.
-    signal_handlers: dict[int, Any] = field(default_factory=dict)
-    #: Signals that each worker blocks: the forker blocks none.
-    blocked_signals: list[int] = field(default_factory=list)
-    #: Set in each worker; None where they are inherited.
-    sys_path: list[str] | None = None
-    cwd: str | None = None
-    argv: list[str] | None = None
-    #: See `spawning`.
-    descriptors: list[int] = field(default_factory=list)
-    #: What multiprocessing is told.
-    identity: Identity = field(default_factory=Identity)
-    #: Modules that the forker imports, for all.
-    preload: list[str] = field(default_factory=list)
-    #: What `ps` shows; at most 15 bytes count.
-    name: str = "scaler-worker"
-
-
-class Setup(TypedDict):
-    """What a worker that a client has not started itself does once, before the client's first call: the payload of a
-    function of style SETUP."""
-
-    #: As in `WorkerConfig`.
-    initializer_pickle: bytes | None
-    definitions: list[tuple[str, int, list[bytes]]]
-    argv: list[str]
-    #: Added behind the worker's own.
-    sys_path: list[str]
-
-
 def worker_main(
-    call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
+    call_socket: socket.socket, pipe_fd: int, page: memoryview, page_fd: int, bell: Bell, config: WorkerConfig
 ) -> NoReturn:
     """Run calls until the socket ends. The process is over then."""
-    worker = Worker(call_socket, pipe_fd, page, bell, config)
+    worker = Worker(call_socket, pipe_fd, page, page_fd, bell, config)
 
     def serve() -> None:
         worker.start()
@@ -145,12 +102,20 @@ class Worker:
     """The state of the process. Everything but the signal handler runs in the order in which it is written."""
 
     def __init__(
-        self, call_socket: socket.socket, pipe_fd: int, page: memoryview, bell: Bell, config: WorkerConfig
+        self,
+        call_socket: socket.socket,
+        pipe_fd: int,
+        page: memoryview,
+        page_fd: int,
+        bell: Bell,
+        config: WorkerConfig,
     ) -> None:
         self._socket = call_socket
         self._pipe_fd = pipe_fd
         self._page = page
+        self._page_fd = page_fd
         self._range_buffer = range_buffer(page)
+        self._last_words = LastWords(page)
         self._bell = bell
         self._config = config
         self._main = WorkerMain(config.inherited_main)
@@ -175,6 +140,7 @@ class Worker:
         self._batch_ended = False
         #: When results were last announced, or work began after a pause.
         self._rang_at = 0.0
+        self._streams = StandardStreams()
 
     def start(self) -> None:
         """Become a process fit for user code and run the initializer."""
@@ -184,8 +150,10 @@ class Worker:
         os.register_at_fork(after_in_child=self._after_fork)
         os.set_blocking(self._pipe_fd, False)
         self._socket.setblocking(True)
+        self._last_words.copy_stderr()
+        self._last_words.handle_faults(self._page_fd)  # the user's own handlers come after it
         try:
-            _take_over_process(config)
+            take_over_process(config)
             self._prepare(config.definitions, config.initializer_pickle)
         except BaseException as error:
             self._exit_if_fork(error)
@@ -211,8 +179,9 @@ class Worker:
                 config.initializer(*config.initargs)
             except BaseException as error:
                 self._exit_if_fork(error)
+                said = self._last_words.text()
                 _log_failed_initializer()
-                self._fail_to_start(error)
+                self._fail_to_start(error, said)
 
     def _set_up(self, payload: Payload) -> None:
         """Make ready for a client that has not started this process: what it wants done once, before its first call."""
@@ -230,9 +199,11 @@ class Worker:
         self._run_initializer()
         self._exit_if_fork(None)
 
-    def _fail_to_start(self, error: BaseException) -> NoReturn:
-        """Say why there will be no calls, and end."""
+    def _fail_to_start(self, error: BaseException, said: str = "") -> NoReturn:
+        """Say why there will be no calls, and what has been said before, and end."""
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        if said:
+            text += DeathReport("", stderr=said).last_words
         body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
         self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
         self._ring()
@@ -241,6 +212,17 @@ class Worker:
 
     def run(self) -> None:
         """Serve messages until the socket ends or a call was interrupted."""
+        self._streams.keep()
+        try:
+            self._run()
+        except OSError as error:
+            # Not of a call: those are caught. It has closed descriptors that are the worker's own, whatever their
+            # numbers, and so costs itself if it had not been over.
+            self._last_words.add(f"(its result cannot be sent: it has closed what is its worker's: {error})".encode())
+            _abandon_children()
+            _exit(EXIT_CLOSED)
+
+    def _run(self) -> None:
         reader = StreamReader(self._socket)
         decode = Decoder[WorkerRun](WorkerRun).decode
         on_interrupt = self._on_interrupt
@@ -254,6 +236,7 @@ class Worker:
                     _exit()
                 if signal.getsignal(signal.SIGINT) != on_interrupt:
                     signal.signal(signal.SIGINT, on_interrupt)  # a call installed its own
+                self._streams.restore()
 
     def _serve(self, message: WorkerRun) -> None:
         """Make the calls of one message."""
@@ -401,13 +384,11 @@ class Worker:
 
     def _dumps_small(self, value: Any) -> bytes | None:
         """Return the pickle of a value if it may stand in the range buffer, None of others."""
-        if type(value) in PLAIN_TYPES:
-            body: bytes | None = _dumps(value, 5)
-        else:
-            try:
-                body = self._pickler.dumps_small(value)
-            except BaseException:
-                return None  # `_report` tries again and says what is wrong
+        body: bytes | None
+        try:
+            body = _dumps(value, 5) if type(value) in PLAIN_TYPES else self._pickler.dumps_small(value)
+        except BaseException:
+            return None  # `_report` tries again and says what is wrong
         return body if body is not None and len(body) <= MAX_RANGE_VALUE_BYTES else None
 
     def _write_range(self, seq: int, count: int, used: int, behind: bytes) -> None:
@@ -472,14 +453,14 @@ class Worker:
                 return
             kind = RECORD_ERROR
             body = dumps_exception(self._pickler, error, self._main.explain(error))
-        elif type(value) in PLAIN_TYPES:
-            if kind == RECORD_VALUE:
-                body = _dumps(value, 5)
-                if len(body) > INLINE_BYTES:
-                    body = Frames([body])
-        else:
+        elif kind == RECORD_VALUE:
             try:
-                body = self._pickler.dumps(value)
+                if type(value) in PLAIN_TYPES:
+                    body = _dumps(value, 5)  # only for want of memory can this fail
+                    if len(body) > INLINE_BYTES:
+                        body = Frames([body])
+                else:
+                    body = self._pickler.dumps(value)
             except BaseException as refused:
                 kind = RECORD_ERROR
                 body = dumps_exception(self._pickler, refused)
@@ -567,8 +548,10 @@ class Worker:
             os.close(self._pipe_fd)
         except OSError:
             pass
+        self._streams.let_go()
         if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._last_words.leave_faults()
 
     def _exit_if_fork(self, error: BaseException | None) -> None:
         """End a child that a call forked and that has come back from it: there is one worker here, and it is the
@@ -626,29 +609,3 @@ def _exit(code: int = 0) -> NoReturn:
         _flush_streams()
     finally:
         os._exit(code)
-
-
-def _take_over_process(config: WorkerConfig) -> None:
-    """Make what was inherited this process's own."""
-    fd = os.open(os.devnull, os.O_RDONLY)
-    if fd != 0:
-        os.dup2(fd, 0)
-        os.close(fd)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    name_process(config.name)
-    for number, handler in config.signal_handlers.items():
-        try:
-            signal.signal(number, handler)
-        except (OSError, ValueError):
-            pass  # it was C code that set it, past the interpreter's own rules
-    # After the handlers. Without those by which calls are stopped.
-    signal.pthread_sigmask(signal.SIG_SETMASK, set(config.blocked_signals) - {signal.SIGINT, NUDGE})
-    spawning.receive(config.descriptors)
-    if config.sys_path is not None:
-        sys.path[:] = config.sys_path
-        # A fresh interpreter's __main__ is ours: nothing in it may be taken for the user's.
-        sys.modules["__main__"] = ModuleType("__main__")
-    if config.argv is not None:
-        sys.argv[:] = config.argv
-    if config.cwd is not None:
-        os.chdir(config.cwd)

@@ -77,11 +77,6 @@ def test_signal(
     assert_usable(executor)
 
 
-def test_memory_is_suspected(executor: ScalerExecutor) -> None:
-    """Of SIGKILL from nobody known the error says that memory may have run out."""
-    assert "memory" in str(death_of(executor.submit(workload.kill_self, signal.SIGKILL)))
-
-
 def test_killed_from_outside(scene: Scene, executor: ScalerExecutor) -> None:
     """kill -9 of a worker costs the call that it was in; its neighbour goes on."""
     gate, started, kept_started = scene.fifo(), scene.fifo(), scene.fifo()

@@ -30,7 +30,7 @@ from scaler_executor.protocol.agent import (
 )
 from scaler_executor.protocol.agent_calls import GONE_GRACE_S, MAX_GRACE_S
 from scaler_executor.protocol.agent_dispatch import LOOK_S, RECALL_S
-from scaler_executor.protocol.agent_hiring import FORK_RETRY_S, MAX_FORK_FAILURES
+from scaler_executor.protocol.agent_hiring import FORK_RETRY_S, GONE_EXIT_S, MAX_FORK_FAILURES
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
@@ -868,6 +868,36 @@ def test_client_gone():
     assert state.got(ClientGone(1)) == [Retire(1)]
     assert state.on(exited(1, 1)) == []
     assert not state._functions and not state._hiring.gone_clients
+
+
+def test_worker_of_a_gone_client_does_not_exit():
+    """One that lingers, for a thread that a call has left there, is killed after a while, and not before; while the
+    agent drains it is waited for."""
+    for drains in (False, True):
+        state = agent()
+        state.run((1, 1))
+        state.start_worker()
+        state.records(value(1), batch_end())
+        state.got(ClientGone(1))
+        if drains:
+            state.on(Drain())
+        assert state.tick(GONE_EXIT_S / 2) == []
+        assert state.next_deadline() == GONE_EXIT_S
+        assert state.tick(GONE_EXIT_S) == ([] if drains else [Kill(1)])
+        assert state.tick(GONE_EXIT_S) == []
+        state.on(exited(1, 1))
+        assert not state.workers
+
+
+def test_worker_of_a_gone_client_is_in_a_call():
+    """One whose call is still being stopped is looked at again later."""
+    state = agent()
+    state.run((1, 1))
+    state.start_worker()
+    state.got(ClientGone(1))
+    assert state.tick(GONE_EXIT_S) == []
+    state.records(value(1), batch_end())
+    assert state.tick(GONE_EXIT_S) == [Kill(1)]
 
 
 def test_fork_fails_for_a_client_that_is_gone():

@@ -146,11 +146,13 @@ def linux_only(path):
     return found
 
 
-def test_what_only_linux_has_stands_in_one_module():
-    """No module but runtime/platform.py names system calls, constants or files that only Linux has."""
-    platform = PACKAGE / "runtime" / "platform.py"
+def test_what_only_linux_has_stands_in_one_place():
+    """No module but runtime/platform.py, and runtime/cgroups.py about limits, names system calls, constants or files
+    that only Linux has."""
+    platform, cgroups = (PACKAGE / "runtime" / name for name in ("platform.py", "cgroups.py"))
+    assert linux_only(cgroups) <= {*LINUX_PATHS, "process_cpu_count", "sched_getaffinity"}
     assert {"epoll", "eventfd", "memfd_create", "pidfd_open", "pidfd_send_signal", "/proc"} <= linux_only(platform)
-    found = {path.name: linux_only(path) for path in PACKAGE.rglob("*.py") if path != platform}
+    found = {path.name: linux_only(path) for path in PACKAGE.rglob("*.py") if path not in (platform, cgroups)}
     assert {name: names for name, names in found.items() if names} == {}
 
 

@@ -43,8 +43,8 @@ from scaler_executor.protocol.messages import (
     Bye,
     CallStyle,
     CancelKind,
+    Death,
     DeathReport,
-    EarlierDeath,
     Function,
     Hello,
     Options,
@@ -349,7 +349,7 @@ def test_all_attempts_are_told_of():
     (out,) = state.got(AGENT, TaskDied([(BASE + 1, 51, DeathReport("killed", -51, "h", 7))]))
     report = priorities_report(out.message.results[0][4])
     assert report.attempt == 51
-    assert report.earlier == [EarlierDeath("killed", -no, "h", 7, no) for no in range(31, 51)]
+    assert report.earlier == [Death("killed", -no, "h", 7, attempt=no) for no in range(31, 51)]
 
 
 def priorities_report(payload):
@@ -568,7 +568,7 @@ def test_calls_of_another_scheduler_are_fenced():
     # What was said of it before counts as an attempt.
     (out,) = state.got(AGENT, TaskDied([(BASE + 1, 2, REPORT)]))
     report = priorities_report(out.message.results[0][4])
-    assert (report.attempt, report.earlier) == (2, [EarlierDeath("the scheduler that had it was lost", attempt=1)])
+    assert (report.attempt, report.earlier) == (2, [Death("the scheduler that had it was lost", attempt=1)])
 
 
 def test_calls_of_another_scheduler_without_retries_left():

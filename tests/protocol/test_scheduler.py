@@ -14,8 +14,8 @@ from scaler_executor.protocol.messages import (
     CancelKind,
     ClientGone,
     ClientLimited,
+    Death,
     DeathReport,
-    EarlierDeath,
     Function,
     Hello,
     InheritanceLost,
@@ -240,7 +240,7 @@ def test_worker_died_with_retries():
     for attempt in (1, 2):
         out = state.got(AGENT, TaskDied([(BASE + 1, attempt, REPORT)]))
         assert out == [retried(1, attempt), Send(AGENT, TaskRun([row(attempt=attempt + 1)]))]
-    attempts = [EarlierDeath(REPORT.reason, REPORT.exit_code, attempt=attempt) for attempt in (1, 2)]
+    attempts = [Death(REPORT.reason, REPORT.exit_code, attempt=attempt) for attempt in (1, 2)]
     report = msgspec.structs.replace(REPORT, earlier=attempts)
     assert state.got(AGENT, TaskDied([(BASE + 1, 3, REPORT)])) == [died(1, attempt=3, report=report)]
 

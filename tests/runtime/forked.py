@@ -39,12 +39,12 @@ from scaler_executor.protocol.page import (
 )
 from scaler_executor.runtime import platform
 from scaler_executor.runtime.calls import CallPickler, loads_exception, loads_value, loads_values
-from scaler_executor.runtime.forker import start_forker_by_fork
+from scaler_executor.runtime.forker_start import start_forker_by_fork
 from scaler_executor.runtime.functions import FunctionTable
 from scaler_executor.runtime.namespace import MainDefinitions, snapshot
 from scaler_executor.runtime.pipe import WorkerResults
 from scaler_executor.runtime.transport import StreamWriter
-from scaler_executor.runtime.worker import WorkerConfig
+from scaler_executor.runtime.worker_config import WorkerConfig
 
 DEADLINE_S = 30.0
 

@@ -210,6 +210,35 @@ def test_values_one_behind_the_other() -> None:
     assert isinstance(failed, LoadFailed) and isinstance(failed.error, ValueError)
 
 
+class RaisesWhenLoaded:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        return raise_error, (self.error,)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), RuntimeError()], ids=repr)
+def test_values_that_raise(error: BaseException) -> None:
+    """What a value raises when it is loaded, SystemExit even, stands in its place and costs no other value; an
+    exception that raises so is replaced."""
+    payload = b"".join(pickle.dumps(value, 5) for value in (1, RaisesWhenLoaded(error), 2))
+    before, failed, after = loads_values(payload, 3)
+    assert (before, after) == (1, 2)
+    assert isinstance(failed, LoadFailed) and type(failed.error) is type(error)
+    (alone,) = loads_values(pickle.dumps(RaisesWhenLoaded(error)), 1)
+    assert isinstance(alone, LoadFailed) and type(alone.error) is type(error)
+    inner = pickle.dumps(RaisesWhenLoaded(error))
+    assert isinstance(loads_exception(pickle.dumps((inner, "", "TheirError", "text"))), RemoteError)
+
+
+def test_values_and_ctrl_c() -> None:
+    """A KeyboardInterrupt is most probably the user's, who reads again."""
+    payload = pickle.dumps(1) + pickle.dumps(RaisesWhenLoaded(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        loads_values(payload, 2)
+
+
 def caught(error: BaseException) -> BaseException:
     try:
         raise_error(error)

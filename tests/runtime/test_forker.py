@@ -23,7 +23,8 @@ from scaler_executor.protocol.page import (
     RECORD_VALUE,
 )
 from scaler_executor.runtime import forker, platform
-from scaler_executor.runtime.worker import WorkerConfig, worker_main
+from scaler_executor.runtime.worker import worker_main
+from scaler_executor.runtime.worker_config import WorkerConfig
 
 BEGUN = 0
 pause = threading.Event().wait
