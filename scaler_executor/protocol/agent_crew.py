@@ -74,6 +74,8 @@ class Client:
         self.slice_end = 0.0
         #: How long it took until the worker that came last was ready.
         self.start_s = 0.0
+        #: A worker has done calls for it.
+        self.has_worked = False
 
     def next_queued(self) -> Call | None:
         """Return the call whose turn it is, without taking it."""
