@@ -50,7 +50,6 @@ class Figures:
     """What all runs together have done."""
 
     def __init__(self) -> None:
-        self.runs: Counter[str] = Counter()
         self.counts: dict[str, Counter[str]] = {}
 
     def add(self, test: str, **counts: float) -> None:
@@ -59,11 +58,15 @@ class Figures:
 
 
 @pytest.fixture(scope="module")
-def figures() -> Iterator[Figures]:
+def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
+    """Takes the figures of each run, and prints the sums at the end if this is the long version."""
     figures = Figures()
     yield figures
-    for test, counts in figures.counts.items():
-        print(f"\n{test}:", ", ".join(f"{name} {count:g}" for name, count in counts.items()))
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    if IS_LONG:
+        with capture.global_and_fixture_disabled():
+            for test, counts in figures.counts.items():
+                print(f"\n{test}:", ", ".join(f"{name} {count:g}" for name, count in counts.items()))
 
 
 @pytest.fixture
@@ -143,6 +146,7 @@ SERVED_FAULTS = [
     Fault(0.5, "agent", "stop", 1),
     Fault(0.5, "scheduler", "stop", 1),
     Fault(0.5, "relay", "stop", 1),
+    Fault(0.5, "client", "stop", 1),
     Fault(0.5, "client", "kill client"),
 ]
 #: What is noticed after ten seconds only.
