@@ -10,6 +10,7 @@ This module knows processes and journals. It does not know which cluster it is: 
 from __future__ import annotations
 
 import heapq
+import itertools
 import multiprocessing
 import os
 import random
@@ -413,6 +414,65 @@ class Load:
                         self.journal.write("confirmed", number, outcome.name, now_us())
         except BaseException as error:
             self._failures.append(error)
+
+
+class MapLoad:
+    """Maps of one executor, one after the other, in a thread. What their items write is for `Verdict`.
+
+    Args:
+        executor: Or a view of one.
+        journal: What the items write.
+        seed: Decides what they are.
+        retries: Of each item: then no map may fail.
+    """
+
+    def __init__(self, executor: Any, journal: Journal, seed: int, *, first: int, retries: int) -> None:
+        self._executor = executor
+        self._journal = journal
+        self._rng = random.Random(f"maps {seed}")
+        self._calls = (call for call in draw_calls(seed, first) if call.fate != "raise")
+        self._retries = retries
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mapper")
+        self._failure: BaseException | None = None
+        self.done: Counter[str] = Counter()
+
+    def __enter__(self) -> MapLoad:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the end of the last one."""
+        self._over.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                self._map()
+        except BaseException as error:
+            self._failure = error
+
+    def _map(self) -> None:
+        calls = list(itertools.islice(self._calls, self._rng.choice((1, 10, 100))))
+        jobs = [
+            (self._journal, call.number, call.seconds, call.size, call.fate, bytes(call.argument_size))
+            for call in calls
+        ]
+        self.done["items"] += len(calls)
+        values = []
+        try:
+            for value in self._executor.map(workload.endure_item, jobs, timeout=2 * DEADLINE_S):
+                values.append(value)
+        except WorkerDiedError:
+            assert not self._retries
+            self.done["maps failed"] += 1
+        else:
+            assert len(values) == len(calls)
+            self.done["maps done"] += 1
+        assert values == [(call.number, bytes(call.size)) for call in calls[: len(values)]]
 
 
 class Verdict:

@@ -29,6 +29,7 @@ from chaos import (
     Fault,
     Grid,
     Load,
+    MapLoad,
     Verdict,
     assert_full_strength,
     descriptors_of,
@@ -115,7 +116,8 @@ def test_embedded(scene: Scene, make: Make, figures: Figures, seed: int, retries
     chaos = Chaos(seed, EMBEDDED_FAULTS, targets, rng.choice((0.03, 0.1)))
     started_at = time.monotonic()
     try:
-        with load, chaos:
+        maps = MapLoad(caller, load.journal, seed, first=5_000_000, retries=retries)
+        with load, maps, chaos:
             time.sleep(LENGTH_S)
         verdict = Verdict([load], retries=retries)
         chaos.note("verdict")
@@ -135,6 +137,7 @@ def test_embedded(scene: Scene, make: Make, figures: Figures, seed: int, retries
         kills=chaos.kills,
         seconds=round(time.monotonic() - started_at, 1),
         **verdict.outcomes,
+        **maps.done,
     )
 
 
