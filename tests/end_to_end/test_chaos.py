@@ -37,6 +37,7 @@ from chaos import (
 from support import DEADLINE_S, IS_LONG, Scene, wait_until
 
 from scaler_executor import ScalerExecutor, SchedulerLostError
+from scaler_executor.runtime import platform
 
 Make = Callable[..., ScalerExecutor]
 
@@ -80,6 +81,15 @@ def seed(turn: int) -> int:
 @pytest.fixture
 def start_method(seed: int) -> str:
     return random.Random(seed).choice(["fork", "spawn"])
+
+
+@pytest.fixture(autouse=True)
+def named_for_a_moment(scene: Scene) -> Iterator[None]:
+    """Where there is no memory without a name, who is killed at the wrong moment leaves the file of a page."""
+    yield
+    if platform.PORTABLE:
+        for path in scene.temporary.iterdir():
+            path.unlink()
 
 
 def retrying(executor: ScalerExecutor, retries: int) -> Any:
