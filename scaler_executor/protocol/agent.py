@@ -399,7 +399,9 @@ class AgentState:
         elif worker.state == "READY" and worker.held:
             # One that dies idle is replaced when there is work: it may be what its initializer started that ends it.
             self._hiring.leave(worker)
-            if not event.current and not event.forker_lost:
+            if event.current:
+                self._hiring.unused_deaths.pop(worker.client_id, None)  # those that come to a call are of use
+            elif not event.forker_lost:
                 reason = self._hiring.died_unused(worker, cause)
                 if reason is not None:
                     self._calls.break_client(worker.client_id, reason)

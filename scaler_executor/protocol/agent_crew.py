@@ -77,6 +77,8 @@ class Client:
         self.start_s = 0.0
         #: When its workers that have not exited by themselves are killed; infinite unless it is gone.
         self.workers_due = float("inf")
+        #: A worker has done calls for it.
+        self.has_worked = False
 
     def next_queued(self) -> Call | None:
         """Return the call whose turn it is, without taking it."""

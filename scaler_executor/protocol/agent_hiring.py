@@ -14,8 +14,10 @@ from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.messages import WorkersBroken
 
-#: So many workers in a row may die before they are ready.
+#: So many workers in a row may die before they are ready, and so many of a client that has had calls done: what killed
+#: those is more likely to pass.
 MAX_START_FAILURES: Final = 3
+MAX_LATER_START_FAILURES: Final = 12
 #: After a fork failed (no memory, too many processes) the next is tried so much later, and so many times while there is
 #: no worker at all.
 FORK_RETRY_S: Final = 0.1
@@ -135,14 +137,14 @@ class Hiring:
             return None
         client_id = worker.client_id
         failures = self._start_failures[client_id] = self._start_failures.get(client_id, 0) + 1
-        return f"workers end before they are ready: {reason}" if failures >= MAX_START_FAILURES else None
+        return f"workers end before they are ready: {reason}" if failures >= _limit(worker) else None
 
     def died_unused(self, worker: Worker, reason: str) -> str | None:
         """A worker died with calls in its hands, none of which it had come to. Return why its client is to be given up,
         if it is: what a client has done before its first call may be what ends it."""
         client_id = worker.client_id
         deaths = self.unused_deaths[client_id] = self.unused_deaths.get(client_id, 0) + 1
-        return f"workers end before their first call: {reason}" if deaths >= MAX_START_FAILURES else None
+        return f"workers end before their first call: {reason}" if deaths >= _limit(worker) else None
 
     def _is_unwanted(self, worker: Worker) -> bool:
         return worker.retired or worker.state == "LEAVING" or worker.client_id in self.gone_clients
@@ -292,3 +294,8 @@ class Hiring:
         del self._crew.workers[worker.worker_id]
         self._crew.idle.pop(worker.worker_id, None)
         self.old_workers.discard(worker.worker_id)
+
+
+def _limit(worker: Worker) -> int:
+    """Return how many workers in a row a client may lose before they are of use."""
+    return MAX_LATER_START_FAILURES if worker.client.has_worked else MAX_START_FAILURES

@@ -143,6 +143,7 @@ class RecordReader:
         function, calls, expected_s = worker.portions.popleft()
         worker.load_s = max(0.0, worker.load_s - expected_s) if worker.portions else 0.0
         worker.portion_since = self._output.now
+        worker.client.has_worked = True
         if self._hiring.unused_deaths:
             self._hiring.unused_deaths.pop(worker.client_id, None)
         if items:

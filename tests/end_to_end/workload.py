@@ -617,3 +617,52 @@ def write_beats(journal: Journal, number: int) -> None:
 
 def length(value: bytes) -> int:
     return len(value)
+
+
+# Of chaos
+
+
+def endure(journal: Journal, number: int, seconds: float, size: int, fate: str, argument: bytes) -> tuple[int, bytes]:
+    """Write the start, work for so long, meet one's fate when called for the first time, write the end."""
+    journal.write("start", number, os.getpid(), time.monotonic_ns() // 1000)
+    if fate == "subprocess":
+        with subprocess.Popen(["sleep", "3600"]) as process:
+            time.sleep(seconds)
+            process.kill()
+    elif number % 3:
+        time.sleep(seconds)
+    else:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            pass
+    if fate and fate != "subprocess" and is_first(f"{journal.path}.{number}"):
+        if fate == "raise":
+            raise ValueError(number)
+        if fate == "exit":
+            os._exit(number % 100 + 1)
+        kill_self(getattr(signal, fate))
+    journal.write("end", number, os.getpid(), time.monotonic_ns() // 1000)
+    return number, bytes(size)
+
+
+def endure_item(job: tuple[Journal, int, float, int, str, bytes]) -> tuple[int, bytes]:
+    """As `endure`, for map."""
+    return endure(*job)
+
+
+def is_first(path: str) -> bool:
+    """Tell whether nobody has asked for this path before."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    except FileExistsError:
+        return False
+    return True
+
+
+def until_released(journal: Journal, number: int, released: Heartbeat) -> int:
+    """Write the start, wait until the counter has come to the number, write the end. Both with the pid."""
+    journal.write("start", number, os.getpid())
+    while released.count < number:
+        pass
+    journal.write("end", number, os.getpid())
+    return number

@@ -30,7 +30,12 @@ from scaler_executor.protocol.agent import (
 )
 from scaler_executor.protocol.agent_calls import GONE_GRACE_S, MAX_GRACE_S
 from scaler_executor.protocol.agent_dispatch import LOOK_S, RECALL_S
-from scaler_executor.protocol.agent_hiring import FORK_RETRY_S, GONE_EXIT_S, MAX_FORK_FAILURES
+from scaler_executor.protocol.agent_hiring import (
+    FORK_RETRY_S,
+    GONE_EXIT_S,
+    MAX_FORK_FAILURES,
+    MAX_LATER_START_FAILURES,
+)
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
@@ -237,6 +242,32 @@ def test_workers_die_before_they_are_ready():
     assert news.message.__class__ is WorkersBroken and "killed" in news.message.reason
     assert back == returned(1)
     assert state.run((2, 1)) == [returned(2)]
+
+
+def test_workers_die_before_they_are_ready_later():
+    """A client that has had calls done loses more workers before it is given up: what kills those may pass."""
+    state = held()
+    assert state.on(exited(1, 1)) == [Fork(2)]
+    for worker in range(2, MAX_LATER_START_FAILURES + 1):
+        assert state.on(exited(worker=worker)) == [Fork(worker + 1)]
+    state.start_worker(MAX_LATER_START_FAILURES + 1)
+    assert state.on(exited(worker=MAX_LATER_START_FAILURES + 1)) == [Fork(MAX_LATER_START_FAILURES + 2)]
+    for worker in range(MAX_LATER_START_FAILURES + 2, 2 * MAX_LATER_START_FAILURES + 1):
+        assert state.on(exited(worker=worker)) == [Fork(worker + 1)]
+    news, back = state.on(exited(worker=2 * MAX_LATER_START_FAILURES + 1))
+    assert news.message.__class__ is WorkersBroken
+    assert back == returned(1)
+
+
+def test_workers_die_in_calls_now_and_then():
+    """Deaths before the first call count only in a row: a worker that dies in a call has come to one."""
+    state = agent()
+    state.run(*((number, 1) for number in range(1, 7)))
+    for worker in (1, 3, 5):
+        state.start_worker(worker)
+        assert state.on(exited(worker=worker)) == [Fork(worker + 1)]
+        state.start_worker(worker + 1)
+        assert state.on(exited(1, worker=worker + 1))[-1] == Fork(worker + 2)
 
 
 def test_fork_fails():
