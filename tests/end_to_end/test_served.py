@@ -309,6 +309,7 @@ def test_first_signal_drains_and_second_stops(scene: Scene, cluster: Served, con
     gate.open(2)
     assert [future.result(DEADLINE_S) for future in running] == [0, 1]
     assert cluster.scheduler.wait() == 0
+    assert "WARNING" not in cluster.output, "nobody has broken the protocol"
 
     cluster.start()
     other = connect().submit(workload.sleep_for, 3600)
