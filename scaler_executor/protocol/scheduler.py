@@ -149,7 +149,7 @@ class SchedulerState:
                 self._tasks.step(task, "FENCE_DUE")
             if agent is not None:
                 self._limits.agent_stopped(agent)
-        if self._limits.is_due:
+        if self._limits.is_due or self._limits.due:
             self._limits.divide()
         if self._closing is not None:
             self._give_back(self._closing)
@@ -234,8 +234,7 @@ class SchedulerState:
             self._peers[peer_id] = client
             self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id, workers=workers)))
             if limits != (None, None):
-                self._limits.clients[self._last_client_id] = client
-                self._limits.is_due = True
+                self._limits.add(client)
         elif message.role == "agent":
             self._peers[peer_id] = agent = Agent(peer_id, message.name[:MAX_NAME], self._output.now)
             self._assignment.add(agent)
@@ -300,7 +299,7 @@ class SchedulerState:
         for task in tasks:
             self._tasks.step(task, "CLIENT_LOST")
         self._assignment.refresh(client)
-        self._limits.clients.pop(client.client_id, None)
+        self._limits.forget_client(client)
         self._output.touched.pop(client, None)
         keys = [(client.client_id, function_id) for function_id in client.functions]
         for agent in self._assignment.agents:
