@@ -148,6 +148,9 @@ def divide(message: Message, waiting: Iterable[Keys]) -> list[Message]:
     groups = [group for group in groups if group]
     if len(groups) < 2:
         return [message]
+    if isinstance(message, TaskCancel) and len({row[0] for row in rows}) == len(rows):
+        # The last first: or what is queued behind those of the first message would start, to be stopped by the next.
+        groups.reverse()
     return [msgspec.structs.replace(message, **{rows_name: group}) for group in groups]
 
 
