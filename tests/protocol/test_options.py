@@ -1,5 +1,7 @@
 """What options make of calls: timeouts, priorities, and retries that outlast a scheduler."""
 
+from random import Random
+
 import pytest
 
 from scaler_executor.protocol import priorities
@@ -407,6 +409,63 @@ def test_nobody_is_overtaken_for_ever():
         taken.append(queue.popleft().task_id)
     most = priorities.OVERTAKES
     assert [taken.index(1), taken.index(2)] == [most, 2 * most + 1]
+
+
+class CountedEntry(Entry):
+    """Counts how often it is looked at."""
+
+    looks = 0
+
+    @property
+    def state(self):
+        CountedEntry.looks += 1
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, state):
+        self.__dict__["state"] = state
+
+
+def test_a_priority_for_each_call():
+    """Many priorities make a queue no slower: for one call it looks at few others."""
+    count, CountedEntry.looks = 2000, 0
+    queue = priorities.PriorityQueue(CountedEntry(no, no * 7 % count) for no in range(count))
+    taken = []
+    while queue:
+        assert 0 <= queue.rank <= priorities.MAX_RANK and queue[0] is not None
+        taken.append(queue.popleft().task_id)
+    assert sorted(taken) == list(range(count)) and CountedEntry.looks < 20 * count
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_as_if_all_were_looked_at(seed):
+    """What is taken is what one finds who looks at every call, whatever has been put back or is gone."""
+    random = Random(seed)
+    queue, levels, seen, overtaken = priorities.PriorityQueue(), {}, set(), 0
+    for no in range(1, 3000):
+        priority = random.randrange(random.choice([3, 50]))
+        entries = [entry for level in levels.values() for entry in level]
+        if random.random() < 0.1 and entries:
+            gone = random.choice(entries)
+            gone.state = "GONE"
+            levels[gone.function.function.options.priority].remove(gone)
+        if random.random() < 0.55:
+            seen.add(priority)
+            levels.setdefault(priority, []).append(Entry(no, priority))
+            queue.append(levels[priority][-1])
+        levels = {priority: level for priority, level in levels.items() if level}
+        assert bool(queue) == bool(levels)
+        if levels and random.random() < 0.5:
+            highest = levels[max(levels)]
+            assert queue.rank == min(priorities.MAX_RANK, sum(priority < max(levels) for priority in seen))
+            oldest = min(levels.values(), key=lambda level: level[0].task_id)
+            level = oldest if overtaken >= priorities.OVERTAKES else highest
+            overtaken = 0 if level is oldest else overtaken + 1
+            entry = level.pop(0)
+            assert queue[0] is entry and queue.popleft() is entry
+            if random.random() < 0.2:
+                level.insert(0, entry)
+                queue.appendleft(entry)
 
 
 def test_scheduler_gives_out_by_priority():
