@@ -96,6 +96,19 @@ def test_options_merge(executor: ScalerExecutor) -> None:
     assert view.with_options(name=None)._client.terms.name is None
 
 
+def test_views_of_views_of_views(executor: ScalerExecutor) -> None:
+    """A program may make a view of the last one for ever."""
+    first = view = executor.with_options()
+    for _ in range(3000):
+        view = view.with_options(retries=1)
+    assert_usable(view)
+    future = view.submit(workload.echo, 1)
+    first.shutdown()
+    assert future.done()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        view.submit(workload.echo, 1)
+
+
 def test_shutdown_of_a_view(scene: Scene, executor: ScalerExecutor) -> None:
     """A view's `with` waits for the view's calls and ends the view; executor and other views go on."""
     gate, started = scene.fifo(), scene.fifo()
