@@ -630,6 +630,27 @@ def test_calls_of_another_scheduler_are_fenced():
     assert (report.attempt, report.earlier) == (2, [Death("the scheduler that had it was lost", attempt=1)])
 
 
+def test_calls_of_an_earlier_session():
+    """A client that begins anew where it is still taken to be there has its calls stopped before they are made again;
+    others keep theirs, whether they have a secret or not."""
+    state = Scheduler()
+    for peer, secret in ((CLIENT, b"secret"), (7, b""), (8, b"another")):
+        state.got(peer, Hello("client", secret=secret))
+    state.got(AGENT, Hello("agent", name="a"))
+    state.got(AGENT, AgentCapacity(8, 4))
+    for peer in (CLIENT, 7, 8):
+        state.got(peer, TaskSubmit([(1, 1, 1, b"p1")], [RETRIED]))
+    out = state.got(9, Hello("client", secret=b"secret"))
+    assert Drop(CLIENT, "the client has begun another session") in out
+    (cancels,) = [i.message.cancels for i in out if isinstance(i, SchedulerSend) and isinstance(i.message, TaskCancel)]
+    assert [(task_id, kind) for task_id, _, kind in cancels] == [(BASE + 1, FORCED)]
+    assert SchedulerSend(9, Welcome(4, workers=4)) in out
+    state.got(9, TasksAgain([(1, 0, [])]))
+    state.got(9, TaskSubmit([(1, 1, 1, b"p1")], [RETRIED]))
+    assert not any(isinstance(i, Drop) for i in state.got(10, Hello("client")))
+    assert state.outstanding == 4
+
+
 def test_calls_of_another_scheduler_without_retries_left():
     """What has no retries left has been made for the last time."""
     state = scheduler()
