@@ -62,6 +62,8 @@ class Relay:
         self._welcome: Welcome | None = None
         #: The client has said Hello for the current session: what it says counts.
         self._has_hello = False
+        #: The scheduler knows the client's sessions by it.
+        self._secret = os.urandom(16)
         self._is_leaving = False
         self._end_by: float | None = None
         self._give_up_at: float | None = monotonic() + config["connect_timeout_s"]
@@ -94,6 +96,7 @@ class Relay:
             "client",
             python=python_version(),
             name=self._config["name"],
+            secret=self._secret,
             max_running=self._config["max_running"],
             max_items_per_worker=self._config["max_tasks_per_child"],
         )
