@@ -33,7 +33,7 @@ PROTOCOL: Final = 5
 PLAIN_TYPES: Final = frozenset({int, float, str, bytes, bool, type(None)})
 
 #: How a range begins that has no pickles.
-_WORDS: Final = (INTEGERS, FLOATS)
+WORDS: Final = (INTEGERS, FLOATS)
 _MAX_BUFFERS: Final = 1024
 _dumps = pickle.dumps
 _loads = pickle.loads
@@ -344,7 +344,7 @@ def loads_value(payload: Payload) -> Any:
 
 def loads_values(payload: Payload, count: int) -> list[Any]:
     """Return the `count` values of a range; `LoadFailed` for each that does not unpickle."""
-    if type(payload) is bytes and payload.startswith(_WORDS):
+    if type(payload) is bytes and payload.startswith(WORDS):
         if len(payload) != 8 * (count + 1):
             raise LocalProtocolError(f"{count} words in {len(payload)} bytes")
         return list(struct.unpack_from(f"<{count}{payload[:1].decode()}", payload, 8))
