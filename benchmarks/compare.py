@@ -131,12 +131,12 @@ def _round_trip(executor: Executor, round_trips: int) -> tuple[float, float]:
 
 def _submit(executor: Executor, calls: int) -> tuple[float, float]:
     """Return calls/s, from the first submit to the last result read, and CPU time per call in us."""
-    before = _cpu_times()
+    before = cpu_times()
     start_s = time.perf_counter()
     futures = [executor.submit(pos, number) for number in range(calls)]
     results = [future.result() for future in futures]
     elapsed_s = time.perf_counter() - start_s
-    after = _cpu_times()
+    after = cpu_times()
     _check(results == list(range(calls)), "submitted calls return their own results")
     used_s = sum(cpu_s - before.get(pid, 0.0) for pid, cpu_s in after.items())
     return calls / elapsed_s, used_s / calls * 1e6
@@ -179,13 +179,13 @@ def _cold_start(program: str, repeats: int) -> float:
     return statistics.median(samples)
 
 
-def _cpu_times() -> dict[int, float]:
+def cpu_times() -> dict[int, float]:
     """Return {pid: CPU seconds of all its threads} of this process and its descendants.
 
     Each process has a CPU clock that others may read; unlike the ticks of /proc/<pid>/stat it counts nanoseconds.
     """
     times = {}
-    for pid in [os.getpid(), *_descendants(os.getpid())]:
+    for pid in [os.getpid(), *descendants(os.getpid())]:
         try:
             times[pid] = time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
         except OSError:
@@ -193,7 +193,7 @@ def _cpu_times() -> dict[int, float]:
     return times
 
 
-def _descendants(root: int) -> Iterator[int]:
+def descendants(root: int) -> Iterator[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
