@@ -398,7 +398,7 @@ class Scene:
 
     def _inventory(self) -> set[str]:
         """Return a line for each thing that a test could leave."""
-        things = {f"process {describe(pid)}" for pid in self.processes()}
+        things = {f"process {pid}" for pid in self.processes()}
         things |= {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
         fds = []
         for entry in os.listdir("/proc/self/fd"):
@@ -431,11 +431,14 @@ class Scene:
             wait_until(lambda: not self.leftovers(), "the test leaves something")
         except AssertionError as error:
             left = self.leftovers()
-            for pid in self.processes():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            for index, thing in enumerate(left):
+                if thing.startswith("process "):
+                    pid = int(thing.removeprefix("process "))
+                    left[index] = f"process {describe(pid)}"
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
             raise AssertionError(f"{error}:\n" + "\n".join(left)) from None
         finally:
             self._mapping.close()
