@@ -83,6 +83,7 @@ from scaler_executor.runtime.functions import FunctionTable, KnownFunction, Prep
 from scaler_executor.runtime.namespace import Definition, MainDefinitions, Needs
 from scaler_executor.runtime.platform import FAULTS, Bell
 from scaler_executor.runtime.results import LOST
+from scaler_executor.runtime.segments import SegmentStore, holds_segments
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class Cluster(Protocol):
     max_unsent_bytes: int | None
     #: Whether a client's thread waits for its end.
     has_owner: bool
+    #: Where large payloads go, once it is started; None: they travel.
+    store: SegmentStore | None
 
     def start(self) -> Payload | None:
         """Have workers started from now on. Called once, unless it raises. Return what they do before the first call,
@@ -204,6 +207,9 @@ class ClientFutureManager:
         #: thread.
         self._futures: dict[int, ScalerFuture[Any]] = {}
         self._runs: dict[int, Run] = {}
+        #: {no: what keeps files in shared memory that this call or run may need}. Added to under `_lock`, removed from
+        #: by the I/O thread, and by whoever finds it too late for that.
+        self._kept: dict[int, list[Any]] = {}
         self._close_asked = False
         self._is_exiting = False
         #: Whether any call is known to have started.
@@ -217,7 +223,7 @@ class ClientFutureManager:
         self._io_lock = threading.RLock()
         self._state = ClientState()
         self._encoder = Encoder()
-        self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage)
+        self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage, self._take_segment)
         self._reader = StreamReader(cluster.socket)
         self._writer = StreamWriter(cluster.socket)
         self._send = cluster.socket.send
@@ -251,6 +257,8 @@ class ClientFutureManager:
         #: The thread of `_replace_inherited`; whether that is left to whoever waits for the end; and for them: that
         #: this, or the end, has come.
         self._definitions_thread: threading.Thread | None = None
+        #: What it has made: workers are sent that for good.
+        self._replaced: tuple[Definition, ...] = ()
         self._has_errand = False
         self._may_join = threading.Event()
         self._owner: Any = None
@@ -305,6 +313,7 @@ class ClientFutureManager:
                 try:
                     self._is_starting = True
                     setup = self._cluster.start()
+                    self.pickler.store = self._cluster.store
                     if setup is not None:
                         with self._lock:
                             self._functions.set_up(setup)
@@ -348,6 +357,8 @@ class ClientFutureManager:
                     function_id = self._register(prepared, needs)
                     no = self._take_numbers(1)
                     future = self._futures[no] = make_future(self, no, prepared.name)
+                    if type(payload) is not bytes:
+                        self._keep(no, payload)
                     self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
                     break
             needs = self._main.needs(names)  # what workers inherited was lost meanwhile
@@ -382,6 +393,8 @@ class ClientFutureManager:
                 function_id = self._register(prepared, needs)
             no = run.task_no = self._take_numbers(items)
             self._runs[no] = run
+            if type(payload) is not bytes:
+                self._keep(no, payload)
             self._batch.tasks.append((no, items, function_id, payload))  # type: ignore[arg-type]
         if self._asleep:
             self._wake()
@@ -594,7 +607,23 @@ class ClientFutureManager:
         if forgotten:
             self._batch.forget += forgotten
             self._live_functions.difference_update(forgotten)
+            self._keep_for_all(self._functions.take_retired())
         return function_id
+
+    def _keep(self, no: int, payload: Payload) -> None:
+        """Keep the files that a payload names until the call has its answer. Under `_lock`."""
+        if holds_segments(payload):
+            self._kept.setdefault(no, []).append(payload)
+
+    def _keep_for_all(self, retired: list[Any]) -> None:
+        """Keep the files of functions that no later call names until those that may have named them are answered.
+        Under `_lock`."""
+        if not retired:
+            return
+        for no in [*self._futures, *self._runs]:
+            self._kept.setdefault(no, []).append(retired)
+            if no not in self._futures and no not in self._runs:
+                self._kept.pop(no, None)  # it was answered meanwhile
 
     def _take_numbers(self, count: int) -> int:
         """Return the first of `count` new numbers. Under `_lock`."""
@@ -798,6 +827,8 @@ class ClientFutureManager:
                 for no in instruction.tasks:
                     self._futures.pop(no, None)
                     self._runs.pop(no, None)
+                if self._kept:
+                    self._let_go(instruction.tasks)
             elif isinstance(instruction, Cancelled):
                 self.on_task_cancel_confirm(instruction.items)
             elif isinstance(instruction, CancelRefused):
@@ -830,6 +861,21 @@ class ClientFutureManager:
                 run.set_items_ready(first, count, kind, payload)  # type: ignore[arg-type]
                 if run.is_over:
                     del self._runs[no]
+        if self._kept:
+            self._let_go([row[0] for row in results])
+
+    def _let_go(self, tasks: Iterable[int]) -> None:
+        """Let go of what was kept for those of the tasks that are answered."""
+        for no in tasks:
+            if no not in self._runs:
+                self._kept.pop(no, None)
+
+    def _take_segment(self, writer: int, number: int, size_bytes: int) -> Any:
+        """Map a result that stands in a file."""
+        store = self._cluster.store
+        if store is None:
+            raise RemoteProtocolError("a result in a file, which this client cannot have")
+        return store.take_mapped(writer, number, size_bytes)
 
     def on_task_cancel_confirm(self, items: list[tuple[int, int, int, Cause]]) -> None:
         """Settle what ends cancelled."""
@@ -839,6 +885,7 @@ class ClientFutureManager:
                 self._runs[no].set_items_cancelled(first, count)
             else:
                 future.set_cancel_confirmed(CancelOutcome[cause])
+                self._kept.pop(no, None)
 
     def _on_cancel_refused(self, tasks: list[int]) -> None:
         for no in tasks:
@@ -870,6 +917,7 @@ class ClientFutureManager:
                     run.set_items_ready(REST, 0, ResultKind.DIED, killed)
                 elif run is not None:
                     run.set_items_ready(REST, 0, LOST, reason)
+        self._let_go(tasks)
 
     def _on_renewed(self, reason: str) -> None:
         """Begin anew with a scheduler that knows no function."""
@@ -894,6 +942,7 @@ class ClientFutureManager:
             forgotten = self._functions.forget_main()
             self._batch.forget += forgotten
             self._live_functions.difference_update(forgotten)
+            self._keep_for_all(self._functions.take_retired())
         log.warn("client", "%s; functions and classes of __main__ are sent from now on", reason)
         # In a thread of its own, since pickling runs user code; the callback thread may be blocked by a callback that
         # waits for the very calls that wait for this.
@@ -919,6 +968,7 @@ class ClientFutureManager:
     def _answer_disinherited(self, definitions: tuple[Definition, ...]) -> None:
         style = int(CallStyle.DEFINITION)
         with self._lock:
+            self._replaced = definitions
             self._batch.definitions = [
                 Function(0, definition.name, definition.payload, style, version=definition.version)  # type: ignore[arg-type]
                 for definition in definitions

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from scaler_executor.runtime import platform, spawning, surroundings
+from scaler_executor.runtime.segments import SegmentDirectory, SegmentStore
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
 #: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
@@ -113,6 +114,9 @@ class EmbeddedCluster:
         self._initializer = initializer
         #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
         self._initargs = initargs
+        #: Where large payloads go, and the client's view of it; None until `start`, and where there is none.
+        self._segments: SegmentDirectory | None = None
+        self.store: SegmentStore | None = None
         #: Serve knows it for all.
         self.cancel_grace_s: float | None = None
         self.max_unsent_bytes: int | None = None
@@ -211,6 +215,9 @@ class EmbeddedCluster:
         from scaler_executor.runtime.identity import authkey
 
         key = authkey()
+        if self._segments is None:
+            self._segments = SegmentDirectory.create()
+        segments_path = self._segments.path if self._segments is not None else None
         environment = dict(os.environ)
         must_begin_again = self._forker_socket is None and (
             _looked_at_start(environment) != _looked_at_start(self._environment)
@@ -229,6 +236,7 @@ class EmbeddedCluster:
             "definitions": [],
             "descriptors": 0,
             "has_tracker": False,
+            "segments_path": segments_path,
         }
         descriptors: list[int] = []
         if self._forker_socket is None:
@@ -245,7 +253,7 @@ class EmbeddedCluster:
             data = _frame({"begin_again_with": variables}) + data
         try:
             if self._forker_socket is not None:
-                self._fork_forker(inherited_main, key)
+                self._fork_forker(inherited_main, key, segments_path)
             self._config_socket.sendall(data)
             if descriptors:
                 socket.send_fds(self._config_socket, [b"d"], descriptors)
@@ -255,8 +263,10 @@ class EmbeddedCluster:
             self.kill()  # what is half done cannot be done again
             raise
         self._config_socket.close()
+        if self._segments is not None:
+            self.store = self.main.store = self._segments.store()
 
-    def _fork_forker(self, inherited_main: dict[str, Any], key: bytes) -> None:
+    def _fork_forker(self, inherited_main: dict[str, Any], key: bytes, segments_path: str | None) -> None:
         from scaler_executor.runtime.forker import fork_forker
         from scaler_executor.runtime.identity import Identity
         from scaler_executor.runtime.worker import WorkerConfig
@@ -271,6 +281,7 @@ class EmbeddedCluster:
                 signal_handlers=_signal_handlers(),
                 blocked_signals=_blocked_signals(),
                 identity=Identity(parent_pid=os.getpid(), authkey=key),
+                segments_path=segments_path,
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])
@@ -303,6 +314,8 @@ class EmbeddedCluster:
         if self._forker_pid is not None:
             reap(self._forker_pid)
             self._forker_pid = None
+        if self._segments is not None:
+            self._segments.remove()
         self.close()
         if status is None:
             return "the scheduler process has ended"
@@ -316,6 +329,8 @@ class EmbeddedCluster:
             end = getattr(self, name, None)
             if end is not None:
                 end.close()
+        if self._segments is not None:
+            self._segments.close()
         fd, self.death_fd = self.death_fd, -1
         if fd >= 0:
             os.close(fd)

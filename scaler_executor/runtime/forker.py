@@ -46,6 +46,7 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.page import CURRENT, DONE, HEARD, INTERRUPT, ITEM, STOP, slot
 from scaler_executor.runtime import platform
+from scaler_executor.runtime.segments import remove_abandoned
 from scaler_executor.runtime.worker import NUDGE, WorkerConfig, worker_main
 
 PIPE_BYTES: Final = 1 << 20
@@ -248,6 +249,7 @@ class Forker:
                 platform.unmap_page(worker.page)
             bell = platform.Bell.for_ringing(self._bell_fd)
             self._config.identity.name = f"ScalerWorker-{worker_id}"
+            self._config.worker_id = worker_id
             worker_main(socket.socket(fileno=call_fd), pipe_fd, page, bell, self._config)
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -481,6 +483,8 @@ class Forker:
                         break
                     # What it forked between the two signals above is in its group still.
                     platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
+            if self._config.segments_path is not None:
+                remove_abandoned(self._config.segments_path)
         finally:
             os._exit(0)
 

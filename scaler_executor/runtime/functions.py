@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from scaler_executor.protocol.messages import CallStyle, Function, Options, Payload
 from scaler_executor.runtime.calls import CallPickler, name_of
 from scaler_executor.runtime.namespace import NO_NEEDS, Definition, MainDefinitions, Needs
+from scaler_executor.runtime.segments import holds_segments
 
 MAX_FUNCTIONS: Final = 512
 MAX_FUNCTION_BYTES: Final = 64 << 20
@@ -40,16 +41,21 @@ class KnownFunction:
         "is_known",
         "name",
         "needs",
+        "payload",
         "size_bytes",
         "was_used",
     )
 
-    def __init__(self, function: Any, function_id: int, name: str, size_bytes: int, needs: Needs) -> None:
+    def __init__(
+        self, function: Any, function_id: int, name: str, size_bytes: int, needs: Needs, payload: Payload | None
+    ) -> None:
         #: Kept alive, since its id() is the key; None where the key is a blob.
         self.function = function
         self.function_id = function_id
         self.name = name
         self.size_bytes = size_bytes
+        #: Kept alive where it has parts in files; else None.
+        self.payload = payload
         #: The definitions that were current when it was registered.
         self.needs = needs
         #: Until it is evicted.
@@ -101,6 +107,8 @@ class FunctionTable:
         #: {name: the newest definition that is known}. Entries that need an older one are dropped.
         self._newest: dict[str, Definition] = {}
         self._total_bytes = 0
+        #: See `take_retired`.
+        self._retired: list[Any] = []
         self._last_id = 0
         self._options = options
         #: What workers do first, and its id once it is registered; None: nothing.
@@ -169,7 +177,8 @@ class FunctionTable:
         ids = self._register_setup(messages)
         ids += [self._define(definition, key, messages, forgotten) for definition in definitions]
         self._last_id += 1
-        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs)
+        kept = blob if holds_segments(blob) else None
+        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs, kept)
         if function is not None and style is CallStyle.CALL:
             self._calls[id(function)] = entry
         self._total_bytes += entry.size_bytes
@@ -228,6 +237,8 @@ class FunctionTable:
         if entry.function is not None and self._calls.get(id(entry.function)) is entry:
             del self._calls[id(entry.function)]
         self._total_bytes -= entry.size_bytes
+        if entry.payload is not None:
+            self._retired.append(entry.payload)
         forgotten = [entry.function_id]
         for definition in entry.needs.definitions:
             known, keys = self._definitions[definition]
@@ -235,8 +246,16 @@ class FunctionTable:
             if not keys:
                 del self._definitions[definition]
                 self._total_bytes -= len(definition.payload)
+                if holds_segments(definition.payload):
+                    self._retired.append(definition)
                 forgotten.append(known)
         return forgotten
+
+    def take_retired(self) -> list[Any]:
+        """Return what keeps the files of functions that were forgotten since the last time: calls that were made before
+        may still need them."""
+        retired, self._retired = self._retired, []
+        return retired
 
     def _evict(self) -> list[int]:
         """Forget functions beyond the limits, those that were not used since the last time first. Return the ids."""

@@ -478,6 +478,17 @@ def unmap_page(words: memoryview) -> None:
     mapping.close()
 
 
+def shared_memory_path() -> str | None:
+    """Return the directory for files in memory, None where there is none."""
+    path = "/dev/shm"
+    return path if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK) else None
+
+
+def memory_bytes() -> int:
+    """Return how much memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def grow_pipe(fd: int, size_bytes: int) -> None:
     """Make a pipe larger if the kernel lets us: unprivileged users have a budget for that."""
     if PORTABLE:

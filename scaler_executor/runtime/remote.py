@@ -24,6 +24,7 @@ from scaler_executor.protocol.messages import Frames, Payload, RefusalKind
 from scaler_executor.runtime import platform
 from scaler_executor.runtime.cluster import fill_standard_descriptors, reap, start_process
 from scaler_executor.runtime.security import Connection
+from scaler_executor.runtime.segments import SegmentStore
 
 #: So much waits in the user's process before `submit` does; the relay and the scheduler take more.
 MAX_UNSENT_BYTES: Final = 256 << 20
@@ -63,6 +64,8 @@ class RemoteCluster:
         self._initargs = initargs
         self.cancel_grace_s: float | None = cancel_grace_s
         self.max_unsent_bytes: int | None = MAX_UNSENT_BYTES
+        #: Other machines share no memory.
+        self.store: SegmentStore | None = None
         #: See `cluster.EmbeddedCluster`.
         self.has_owner = False
         self.death_fd = -1

@@ -1,0 +1,385 @@
+"""Large buffers in files in shared memory: written once by the sender, mapped copy-on-write by whoever reads them.
+
+This module knows the files, their directory and who removes what. It does not know what the buffers are parts of.
+
+Each executor has a directory of its own, for its client and its workers. Files are written with `write`, never
+through a mapping: where there is no room that is an error, not SIGBUS, and the buffer then travels beside its message,
+as it does where there is no shared memory. A reader sees a private copy that costs nothing until it is written to.
+
+Who removes a file: arguments, functions and definitions the client, when no call is left that may need them (a call
+may be started more than once, on another worker, so its reader cannot); a result whoever has it, from the worker that
+writes it through the agent, which takes it over with the record in the pipe, to the client, which maps it as it comes
+and removes it at once. An owner is a `StoredSegment`, and its end is the file's: no path on which a payload is dropped
+has to think of it. What a worker had written when it was killed and nobody has heard of, the agent removes.
+
+The directory is locked as long as its client lives. So whoever gets the lock may remove it with all that is in it: the
+cluster's processes when they end without their client, or, if they all were killed at once, the next start.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Final
+
+from scaler_executor.protocol.messages import Frames
+from scaler_executor.protocol.segment import CLIENT_WRITER, Segment
+from scaler_executor.runtime import platform
+
+#: Smaller buffers travel beside their message. Measured with two cores: below 256 KB the pipe is as fast, at 1 MB the
+#: file takes half the time.
+SEGMENT_BYTES: Final = 1 << 18
+#: Names a directory for large payloads, instead of the system's shared memory; empty: there is to be none.
+VARIABLE: Final = "SCALER_EXECUTOR_SHARED_MEMORY"
+
+_PREFIX: Final = "scaler-executor"
+#: A part of the file system that is left to others: one that is full gives them errors, or SIGBUS.
+_FREE_SHARE: Final = 4
+_MAP_FIXED: Final = 0x10
+_VIEW_BYTES: Final = 1 << 30
+
+
+class StoredSegment(Segment):
+    """A segment that can be mapped.
+
+    Args:
+        store: Where it is.
+        writer, number, size_bytes: As `Segment`.
+        is_owned: Whether the file is removed with this object.
+        is_kept: Whether it stays this object's when a message names it.
+    """
+
+    __slots__ = ("_is_kept", "_is_owned", "_mapping", "_store")
+
+    def __init__(
+        self,
+        store: SegmentStore,
+        writer: int,
+        number: int,
+        size_bytes: int,
+        *,
+        is_owned: bool = False,
+        is_kept: bool = False,
+    ) -> None:
+        super().__init__(writer, number, size_bytes)
+        self._store = store
+        self._is_owned = is_owned
+        self._is_kept = is_kept
+        self._mapping: Any = None
+
+    def pass_on(self) -> None:
+        """As `Segment`."""
+        if not self._is_kept:
+            self._is_owned = False
+
+    def map(self) -> Any:
+        """Return the content, a writable buffer of the caller's own. Each call of a segment that is owned returns the
+        same one.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        if self._mapping is not None:
+            return self._mapping
+        fd = os.open(self._store.path_of(self), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            mapping = _map(fd, self.size_bytes)
+        finally:
+            os.close(fd)
+        if self._is_owned:
+            self._mapping = mapping
+            self._remove()
+        return mapping
+
+    def _remove(self) -> None:
+        self._is_owned = False
+        self._store.remove(self)
+
+    def __del__(self) -> None:
+        if self._is_owned:
+            self._remove()
+
+
+class SegmentStore:
+    """The directory, as one process sees it. Thread-safe.
+
+    Args:
+        path: Made by `SegmentDirectory`.
+        writer: Under which this process writes.
+        max_bytes: Of what was written here and has not been removed; None: what the file system has room for.
+    """
+
+    def __init__(self, path: str, writer: int, max_bytes: int | None = None) -> None:
+        self.path = path
+        self.writer = writer
+        self._max_bytes = max_bytes
+        #: Reentrant: a signal handler may submit while this thread is in here.
+        self._lock = threading.RLock()
+        self._last_number = 0
+        self._used_bytes = 0
+        #: Sizes of what was removed and is still in `_used_bytes`: whoever removes may be a finalizer that interrupts
+        #: this thread anywhere, and waits for no lock.
+        self._removed: deque[int] = deque()
+        #: A fork of this process removes nothing that it has copies of.
+        self._pid = os.getpid()
+
+    def path_of(self, segment: Segment) -> str:
+        """Return the path of a segment's file."""
+        return f"{self.path}/{segment.name}"
+
+    def put(self, buffers: Iterable[Any], size_bytes: int) -> StoredSegment | None:
+        """Write buffers into a new file, one behind the other. Return None where there is no room.
+
+        Args:
+            buffers: Contiguous, `size_bytes` together.
+        """
+        if self._pid != os.getpid() or not self._reserve(size_bytes):
+            return None
+        with self._lock:
+            self._last_number = number = self._last_number + 1
+        segment = StoredSegment(
+            self, self.writer, number, size_bytes, is_owned=True, is_kept=self.writer == CLIENT_WRITER
+        )
+        try:
+            fd = os.open(self.path_of(segment), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return None  # the segment gives the bytes back, and there is no file to be removed
+        try:
+            for buffer in buffers:
+                _write(fd, buffer)
+        except OSError:
+            return None  # full: other programs were quicker
+        finally:
+            os.close(fd)
+        return segment
+
+    def refer(self, writer: int, number: int, size_bytes: int) -> StoredSegment:
+        """Return a segment that somebody else removes."""
+        return StoredSegment(self, writer, number, size_bytes)
+
+    def take(self, writer: int, number: int, size_bytes: int) -> StoredSegment:
+        """Return a segment that is this process's from now on."""
+        return StoredSegment(self, writer, number, size_bytes, is_owned=True)
+
+    def take_mapped(self, writer: int, number: int, size_bytes: int) -> Any:
+        """Map what is this process's from now on, and return that; the segment where it cannot be mapped now."""
+        segment = self.take(writer, number, size_bytes)
+        try:
+            return segment.map()
+        except OSError:
+            return segment  # whoever reads it tries again, and says what is wrong
+
+    def remove(self, segment: Segment) -> None:
+        """Remove a segment's file, if this process still is who it was."""
+        if self._pid != os.getpid():
+            return
+        if segment.writer == self.writer:
+            self._removed.append(segment.size_bytes)
+        try:
+            os.unlink(self.path_of(segment))
+        except OSError:
+            pass  # with the directory, say
+
+    def remove_unheard(self, writer: int, last_number: int) -> None:
+        """Remove what a dead worker has written behind its file `last_number`."""
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return
+        for name in names:
+            of, _, number = name.partition("-")
+            if of == f"{writer:x}" and int(number, 16) > last_number:
+                try:
+                    os.unlink(f"{self.path}/{name}")
+                except OSError:
+                    pass
+
+    def _reserve(self, size_bytes: int) -> bool:
+        try:
+            room = os.statvfs(self.path)
+        except OSError:
+            return False
+        free_bytes = room.f_bavail * room.f_frsize
+        if room.f_blocks and free_bytes - size_bytes < room.f_blocks * room.f_frsize // _FREE_SHARE:
+            return False
+        with self._lock:
+            while self._removed:
+                self._used_bytes -= self._removed.popleft()
+            if self._max_bytes is not None and self._used_bytes + size_bytes > self._max_bytes:
+                return False
+            self._used_bytes += size_bytes
+        return True
+
+
+def place(store: SegmentStore | None, buffers: list[Any], *, copy: bool) -> list[Any]:
+    """Return the buffers of a payload with a segment for each that is large and finds room.
+
+    Args:
+        store: None: no buffer is put into a file.
+        buffers: The pickle and its out-of-band buffers. A list stands for its parts, one behind the other.
+        copy: Whether what is not put into a file is to be copied, because it may change before it is sent.
+    """
+    placed: list[Any] = []
+    for buffer in buffers:
+        parts = buffer if isinstance(buffer, list) else [buffer]
+        size_bytes = sum(map(len, parts))
+        segment = store.put(parts, size_bytes) if store is not None and size_bytes >= SEGMENT_BYTES else None
+        if segment is not None:
+            placed.append(segment)
+        elif isinstance(buffer, list):
+            placed.append(b"".join(buffer))
+        else:
+            placed.append(bytes(buffer) if copy else buffer)
+    return placed
+
+
+def mapped(buffers: list[Any]) -> list[Any]:
+    """Return the buffers of a payload, those in files mapped; raises what that raises."""
+    return [buffer.map() if isinstance(buffer, StoredSegment) else buffer for buffer in buffers]
+
+
+def holds_segments(payload: Any) -> bool:
+    """Tell whether a payload has a part in a file."""
+    return isinstance(payload, Frames) and any(isinstance(buffer, Segment) for buffer in payload.buffers)
+
+
+class SegmentDirectory:
+    """An executor's directory in shared memory, made and locked by the client's process.
+
+    Args:
+        base: Where.
+
+    Raises:
+        OSError: There can be none.
+    """
+
+    def __init__(self, base: str) -> None:
+        sweep(base)
+        while True:
+            path = f"{base}/{_PREFIX}-{os.getuid()}-{os.urandom(6).hex()}"
+            os.mkdir(path, 0o700)
+            fd = _lock(path)
+            if fd is not None:
+                break
+            # A process that is just starting took it for abandoned, and has removed it.
+        self.path = path
+        self._fd = fd
+
+    @classmethod
+    def create(cls) -> SegmentDirectory | None:
+        """Make one where the environment says. Return None where there can be none."""
+        base = os.environ.get(VARIABLE)
+        if base is None:
+            base = platform.shared_memory_path()
+        try:
+            return cls(base) if base else None
+        except OSError:
+            return None
+
+    def store(self) -> SegmentStore:
+        """Return the client's view, for at most half of the machine's memory."""
+        return SegmentStore(self.path, CLIENT_WRITER, platform.memory_bytes() // 2)
+
+    def close(self) -> None:
+        """Let go of it, as a fork of the client must: it is no longer locked when the client has gone too."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove it, whatever is in it. The cluster's processes are gone."""
+        if self._fd >= 0:
+            _remove_tree(self.path)
+            self.close()
+
+
+def remove_abandoned(path: str) -> None:
+    """Remove an executor's directory if its client is gone."""
+    fd = _lock(path)
+    if fd is not None:
+        _remove_tree(path)
+        os.close(fd)
+
+
+def sweep(base: str) -> None:
+    """Remove what executors of this user have left of which every process was killed."""
+    try:
+        names = os.listdir(base)
+    except OSError:
+        return
+    for name in names:
+        if name.startswith(f"{_PREFIX}-{os.getuid()}-"):
+            remove_abandoned(f"{base}/{name}")
+
+
+def _lock(path: str) -> int | None:
+    """Lock a directory of this user's. Return the descriptor, None if it is locked or gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(fd)
+        if status.st_uid == os.getuid() and os.path.samestat(status, os.stat(path)):
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def _remove_tree(path: str) -> None:
+    """Remove a directory of files. A worker that is being killed may still write some."""
+    for _ in range(100):
+        try:
+            for name in os.listdir(path):
+                try:
+                    os.unlink(f"{path}/{name}")
+                except FileNotFoundError:
+                    pass
+            os.rmdir(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            continue
+
+
+def _write(fd: int, buffer: Any) -> None:
+    with memoryview(buffer) as view, view.cast("B") as rest:
+        at = 0
+        while at < len(rest):
+            at += os.write(fd, rest[at : at + _VIEW_BYTES])
+
+
+def _map(fd: int, size_bytes: int) -> Any:
+    """Map a file copy-on-write. No descriptor is kept: there may be thousands."""
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, trackfd=False)
+    import ctypes
+
+    # Room of the right size, and then the file in its place: `mmap` on a file keeps a descriptor for life.
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if os.fstat(fd).st_size < size_bytes:
+        raise OSError("a file in shared memory is shorter than it was written")  # or reading it would be SIGBUS
+    libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
+    libc_mmap.restype = ctypes.c_void_p
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    arguments = (
+        ctypes.c_void_p(address),
+        ctypes.c_size_t(size_bytes),
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        mmap.MAP_PRIVATE | _MAP_FIXED,
+        fd,
+        ctypes.c_long(0),
+    )
+    if libc_mmap(*arguments) != address:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return mapping
