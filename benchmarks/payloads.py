@@ -106,7 +106,9 @@ def measure(name: str, repeats: int) -> dict[str, float]:
             for number in range(20):
                 array[-1] = number
                 futures.append(executor.submit(last, array))
-            check([future.result() for future in futures] == list(range(20)), "each call sees its own array")
+            results = [future.result() for future in futures]
+            # The standard library pickles some time after `submit`.
+            check(name == FORK or results == list(range(20)), "each call sees the array as it was when it was made")
 
         def by_global() -> None:
             futures = [executor.submit(last_of_global, number) for number in range(20)]
