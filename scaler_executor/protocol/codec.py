@@ -40,6 +40,8 @@ MAX_HEADER_BYTES: Final = 1 << 30
 MAX_FRAMES: Final = 1 << 16
 #: A payload larger than this travels as a frame, one copy less on each hop.
 INLINE_BYTES: Final = 1 << 16
+#: More of one payload does not travel, without what stands in files.
+MAX_PAYLOAD_BYTES: Final = 1 << 32
 
 _EXT_FRAMES: Final = 1
 

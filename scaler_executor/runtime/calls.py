@@ -21,12 +21,13 @@ from struct import Struct
 from types import FunctionType
 from typing import Any, Final
 
-from scaler_executor.errors import RemoteError
-from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
+from scaler_executor.errors import RemoteError, ResultTooLargeError, TaskTooLargeError
+from scaler_executor.protocol.codec import INLINE_BYTES, MAX_PAYLOAD_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import Frames, Payload
+from scaler_executor.protocol.segment import Segment
 from scaler_executor.runtime.namespace_names import Names, finds_by_name
 from scaler_executor.runtime.namespace_pickles import dumps_by_name
-from scaler_executor.runtime.segments import SegmentStore, mapped, place
+from scaler_executor.runtime.segments import SegmentStore, copied, mapped, place
 
 PROTOCOL: Final = 5
 #: Values of exactly these types hold no reference to anything mutable, and pickle without running code of the user's.
@@ -59,12 +60,23 @@ class CallPickler:
         copy_buffers: Whether out-of-band buffers are copied, as they must be unless the payload is written before
         anybody can change them.
         store: Takes large buffers; may be set later.
+        too_large: Raised for what is larger than `max_bytes`, which the store has not taken.
     """
 
-    def __init__(self, main: Names, *, copy_buffers: bool = True, store: SegmentStore | None = None) -> None:
+    def __init__(
+        self,
+        main: Names,
+        *,
+        copy_buffers: bool = True,
+        store: SegmentStore | None = None,
+        too_large: type[TaskTooLargeError | ResultTooLargeError] = TaskTooLargeError,
+        max_bytes: int = MAX_PAYLOAD_BYTES,
+    ) -> None:
         self._main = main
         self._copy_buffers = copy_buffers
         self.store = store
+        self._too_large = too_large
+        self._max_bytes = max_bytes
 
     def dumps(self, value: Any, names: set[str] | None = None) -> Payload:
         """Return the payload of any value.
@@ -76,6 +88,7 @@ class CallPickler:
         Raises:
             Exception: What pickle raises: PicklingError, TypeError, AttributeError, or whatever the value's own methods
             raise.
+            TaskTooLargeError, ResultTooLargeError: It is too large.
         """
         data = None if is_bulky(value) else self.dumps_small(value)
         if data is not None:
@@ -197,7 +210,11 @@ class CallPickler:
         return data if len(data) <= INLINE_BYTES else self._frames([data])
 
     def _frames(self, parts: list[Any]) -> Frames:
-        return Frames(place(self.store, parts, copy=self._copy_buffers))
+        placed = place(self.store, parts)
+        size_bytes = sum(len(part) for part in placed if not isinstance(part, Segment))
+        if size_bytes > self._max_bytes:
+            raise self._too_large(size_bytes, self._max_bytes)
+        return Frames(copied(placed) if self._copy_buffers else placed)
 
     def _name_culprit(self, error: Exception, parts: list[tuple[str, Any]]) -> None:
         """Say in `error` which of the named parts does not pickle, and where in it."""

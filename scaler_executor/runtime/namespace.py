@@ -43,7 +43,7 @@ from scaler_executor.protocol.messages import Frames, Payload
 from scaler_executor.runtime.namespace_making import Unsendable
 from scaler_executor.runtime.namespace_names import Names, find_in, main_dict, names_reached
 from scaler_executor.runtime.namespace_pickles import PROTOCOL, dumps_by_name
-from scaler_executor.runtime.segments import SegmentStore, place
+from scaler_executor.runtime.segments import SegmentStore, copied, place
 
 #: The content of larger definitions is not compared: they are sent again when another object is bound to the name.
 MAX_COMPARED_BYTES: Final = 1 << 14
@@ -329,8 +329,8 @@ def _dumps_definition(name: str, value: Any, policy: Names, names: set[str], sto
             raise
         # "changed size during iteration": another thread fills it. A copy is made in one step.
         buffers.clear()
-        copied = value.copy()
-        data = dumps_by_name(copied, keep_in_band, buffers, policy, names, (name, copied))
+        taken = value.copy()
+        data = dumps_by_name(taken, keep_in_band, buffers, policy, names, (name, taken))
     if not buffers and len(data) <= MAX_COMPARED_BYTES:
         return data
-    return Frames(place(store, [data, *buffers], copy=True))
+    return Frames(copied(place(store, [data, *buffers])))

@@ -293,13 +293,12 @@ def _origin(buffers: list[Any]) -> int:
     return id(largest.obj if isinstance(largest, memoryview) else largest)
 
 
-def place(store: SegmentStore | None, buffers: list[Any], *, copy: bool) -> list[Any]:
+def place(store: SegmentStore | None, buffers: list[Any]) -> list[Any]:
     """Return the buffers of a payload with a segment for each that is large and finds room.
 
     Args:
         store: None: no buffer is put into a file.
         buffers: The pickle and its out-of-band buffers. A list stands for its parts, one behind the other.
-        copy: Whether what is not put into a file is to be copied, because it may change before it is sent.
     """
     placed: list[Any] = []
     for buffer in buffers:
@@ -308,11 +307,14 @@ def place(store: SegmentStore | None, buffers: list[Any], *, copy: bool) -> list
         segment = store.put(parts, size_bytes) if store is not None and size_bytes >= SEGMENT_BYTES else None
         if segment is not None:
             placed.append(segment)
-        elif isinstance(buffer, list):
-            placed.append(b"".join(buffer))
         else:
-            placed.append(bytes(buffer) if copy else buffer)
+            placed.append(b"".join(buffer) if isinstance(buffer, list) else buffer)
     return placed
+
+
+def copied(buffers: list[Any]) -> list[Any]:
+    """Return the buffers of a payload as they are now, whatever becomes of what they show."""
+    return [buffer if isinstance(buffer, Segment) else bytes(buffer) for buffer in buffers]
 
 
 def mapped(buffers: list[Any]) -> list[Any]:

@@ -24,7 +24,7 @@ from time import perf_counter
 from types import FrameType, ModuleType
 from typing import Any, Final, NoReturn, TypedDict
 
-from scaler_executor.errors import TaskInterrupted
+from scaler_executor.errors import ResultTooLargeError, TaskInterrupted
 from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
 from scaler_executor.protocol.messages import CallStyle, Frames, Function, Payload, WorkerRun
 from scaler_executor.protocol.page import (
@@ -163,7 +163,7 @@ class Worker:
         self._main = WorkerMain(config.inherited_main)
         path = config.segments_path
         self._store = SegmentStore(path, config.worker_id) if path is not None else None
-        self._pickler = CallPickler(self._main, copy_buffers=False, store=self._store)
+        self._pickler = CallPickler(self._main, copy_buffers=False, store=self._store, too_large=ResultTooLargeError)
         #: The call that may be interrupted now, or 0. Cleared by the handler when it raises, so that it raises once.
         self._armed = 0
         #: Set by the handler: the worker ends after this call.

@@ -69,6 +69,7 @@ class FakeScheduler:
         self.has_owner = False
         self.cancel_grace_s: float | None = None
         self.max_unsent_bytes: int | None = None
+        self.store = None
         self.was_started = False
         self.joined = False
         self.on_join: Callable[[], Any] = lambda: None
