@@ -263,10 +263,14 @@ def is_bulky(value: Any, depth: int = 2) -> bool:
 class _ChunkFile:
     """Collects what a pickler writes."""
 
-    __slots__ = ("write",)
+    __slots__ = ("_chunks",)
 
     def __init__(self, chunks: list[Any]) -> None:
-        self.write = chunks.append
+        self._chunks = chunks
+
+    def write(self, chunk: Any) -> None:
+        """Take a part of the pickle: the pickler's own bytes, or content as it is."""
+        self._chunks.append(chunk.raw() if type(chunk) is pickle.PickleBuffer else chunk)
 
 
 class _LargeBufferFound(Exception):

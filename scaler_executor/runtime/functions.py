@@ -107,6 +107,8 @@ class FunctionTable:
         #: {name: the newest definition that is known}. Entries that need an older one are dropped.
         self._newest: dict[str, Definition] = {}
         self._total_bytes = 0
+        #: Key of the last function of style CALL that was too large to be known by its pickle.
+        self._passing: Any = None
         #: See `take_retired`.
         self._retired: list[Any] = []
         self._last_id = 0
@@ -182,6 +184,11 @@ class FunctionTable:
         if function is not None and style is CallStyle.CALL:
             self._calls[id(function)] = entry
         self._total_bytes += entry.size_bytes
+        if type(key) is object and style is CallStyle.CALL:
+            # Never found again. Not before the next one: that may need the same definitions.
+            if self._passing in self._entries:
+                forgotten += self._drop(self._passing)
+            self._passing = key
         forgotten += self._evict()
         entry.was_used = False  # it was True for the eviction, which thus could not take it
         messages.append(Function(entry.function_id, name, blob, int(style), self._options, ids))  # type: ignore[arg-type]

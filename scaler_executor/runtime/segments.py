@@ -23,6 +23,7 @@ import mmap
 import os
 import sys
 import threading
+from functools import lru_cache
 from typing import Any, Final
 
 from scaler_executor.protocol.messages import Frames
@@ -441,24 +442,37 @@ def _map(fd: int, size_bytes: int) -> Any:
     """Map a file copy-on-write. No descriptor is kept: there may be thousands."""
     if sys.version_info >= (3, 13):
         return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, trackfd=False)
-    import ctypes
-
     # Room of the right size, and then the file in its place: `mmap` on a file keeps a descriptor for life.
     mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if os.fstat(fd).st_size < size_bytes:
         raise OSError("a file in shared memory is shorter than it was written")  # or reading it would be SIGBUS
-    libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
-    libc_mmap.restype = ctypes.c_void_p
+    _map_over(mapping, fd, size_bytes)
+    return mapping
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    """Return libc's mmap and what else `_map_over` needs; made once, for each time would leave garbage."""
+    import ctypes
+
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    return ctypes, function
+
+
+def _map_over(mapping: mmap.mmap, fd: int, size_bytes: int) -> None:
+    """Put a file in the place of anonymous memory."""
+    ctypes, function = _libc()
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    arguments = (
-        ctypes.c_void_p(address),
-        ctypes.c_size_t(size_bytes),
-        mmap.PROT_READ | mmap.PROT_WRITE,
-        mmap.MAP_PRIVATE | _MAP_FIXED,
-        fd,
-        ctypes.c_long(0),
-    )
-    if libc_mmap(*arguments) != address:
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+    if function(address, size_bytes, protection, flags, fd, 0) != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    return mapping

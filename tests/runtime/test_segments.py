@@ -285,7 +285,7 @@ def test_a_part_is_left_to_others(store: SegmentStore, monkeypatch: pytest.Monke
     room = namedtuple("room", "f_blocks f_bavail f_frsize")
     monkeypatch.setattr(segments.os, "statvfs", lambda path: room(4000, 2001, 1000))
     put(store, bytes(SIZE))
-    assert store.put([bytearray(SIZE + 1)], SIZE + 1) is None
+    assert store.put([bytearray(SIZE + 1000)], SIZE + 1000) is None
 
 
 def test_no_room_is_no_error(store: SegmentStore) -> None:
