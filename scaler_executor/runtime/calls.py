@@ -197,8 +197,12 @@ class CallPickler:
                 return [chunks[0] if len(chunks) == 1 else chunks, *views]
         except Exception:
             pass  # a lambda, say; what refuses it in the end says why
-        views.clear()
-        data = dumps_by_name(value, keep_in_band, views, self._main, set() if names is None else names)
+        _release(views)
+        try:
+            data = dumps_by_name(value, keep_in_band, views, self._main, set() if names is None else names)
+        except BaseException:
+            _release(views)
+            raise
         return [data, *views]
 
     def _payload(self, data: Any) -> Payload:
@@ -210,11 +214,16 @@ class CallPickler:
         return data if len(data) <= INLINE_BYTES else self._frames([data])
 
     def _frames(self, parts: list[Any]) -> Frames:
-        placed = place(self.store, parts)
-        size_bytes = sum(len(part) for part in placed if not isinstance(part, Segment))
-        if size_bytes > self._max_bytes:
-            raise self._too_large(size_bytes, self._max_bytes)
-        return Frames(copied(placed) if self._copy_buffers else placed)
+        try:
+            placed = place(self.store, parts)
+            size_bytes = sum(len(part) for part in placed if not isinstance(part, Segment))
+            if size_bytes > self._max_bytes:
+                raise self._too_large(size_bytes, self._max_bytes)
+            return Frames(copied(placed) if self._copy_buffers else placed)
+        except BaseException:
+            placed = []
+            _release(parts)
+            raise
 
     def _name_culprit(self, error: Exception, parts: list[tuple[str, Any]]) -> None:
         """Say in `error` which of the named parts does not pickle, and where in it."""
@@ -236,6 +245,15 @@ class CallPickler:
         except Exception:
             return False
         return True
+
+
+def _release(views: list[Any]) -> None:
+    """Let go of views of the user's memory, of which an error's traceback would keep this list: where the memory is a
+    memoryview's itself, Python before 3.13 cannot collect the two as parts of a cycle, and crashes."""
+    for view in views:
+        if type(view) is memoryview:
+            view.release()
+    views.clear()
 
 
 def _is_special(data: bytes) -> bool:

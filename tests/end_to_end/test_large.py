@@ -204,7 +204,11 @@ def test_kill_leaves_nothing(scene: Scene, start_method: str, killed: str) -> No
         "    held = [executor.submit(workload.tell_and_hold, started, block) for block in blocks]\n"
         "    results = [executor.submit(workload.make_block, 1_000_000, 1) for _ in range(3)]\n"
         "    gate.await_opening()\n"
-        "    os._exit(0)\n"
+        "    try:\n"
+        "        executor.clear()\n"
+        "    except RuntimeError:\n"
+        "        pass\n"
+        "    executor.shutdown()\n"
     )
     client = scene.client(source, start_method, started.path, gate.path, scene.shared)
     started.hear()

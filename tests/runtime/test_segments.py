@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import pickle
@@ -469,3 +470,13 @@ def test_too_large(store: SegmentStore) -> None:
         pickler.dumps_run([(Block(bytearray(SIZE)),)])
     pickler.store = store
     assert loads_value(pickler.dumps_call(((bytes(SIZE),), {}))) == ((bytes(SIZE),), {})
+
+
+def test_errors_hold_no_views() -> None:
+    """The error of a call that was not sent is collected, with what its traceback holds, though the call's memory was
+    a memoryview's: a view left there would end the interpreter in Python before 3.13."""
+    value = [Block(bytearray(SIZE))]
+    with pytest.raises(TaskTooLargeError) as caught:
+        CallPickler(MainDefinitions(), max_bytes=1000).dumps(value)
+    assert [type(holder) for holder in gc.get_referrers(value[0].content)] == [Block]
+    assert caught.value.size_bytes > SIZE
