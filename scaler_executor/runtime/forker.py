@@ -58,6 +58,8 @@ SPIN_S: Final = 0.0002
 NUDGE_PAUSES_S: Final = tuple(0.005 * 2**number for number in range(8))
 #: How long the workers' groups may take to die when the forker itself is to end.
 END_DEADLINE_S: Final = 2.0
+#: So long the client may take to remove the files of large payloads, or to die.
+LEFT_BEHIND_S: Final = 10
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToForkerMessage).decode
@@ -483,8 +485,12 @@ class Forker:
                         break
                     # What it forked between the two signals above is in its group still.
                     platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
-            if self._config.segments_path is not None:
-                remove_abandoned(self._config.segments_path)
+            path = self._config.segments_path
+            if path is not None and not remove_abandoned(path) and os.listdir(path) and not os.fork():
+                # Somebody who kills us all may not have come to the client yet, and it may take some time to die. If it
+                # does not die, it removes this itself.
+                signal.alarm(LEFT_BEHIND_S)
+                remove_abandoned(path, waits=True)
         finally:
             os._exit(0)
 

@@ -13,7 +13,8 @@ and removes it at once. An owner is a `StoredSegment`, and its end is the file's
 has to think of it. What a worker had written when it was killed and nobody has heard of, the agent removes.
 
 The directory is locked as long as its client lives. So whoever gets the lock may remove it with all that is in it: the
-cluster's processes when they end without their client, or, if they all were killed at once, the next start.
+cluster's processes when they end without their client, or, if they all were killed at once, the next start. The forker,
+which may end just before a client that is killed too, leaves a process that waits for that.
 """
 
 from __future__ import annotations
@@ -378,12 +379,13 @@ class SegmentDirectory:
             self.close()
 
 
-def remove_abandoned(path: str) -> None:
-    """Remove an executor's directory if its client is gone."""
-    fd = _lock(path)
+def remove_abandoned(path: str, *, waits: bool = False) -> bool:
+    """Remove an executor's directory if its client is gone; `waits`: as soon as it is. Return whether there is none."""
+    fd = _lock(path, waits=waits)
     if fd is not None:
         _remove_tree(path)
         os.close(fd)
+    return not os.path.exists(path)
 
 
 def sweep(base: str) -> None:
@@ -397,14 +399,14 @@ def sweep(base: str) -> None:
             remove_abandoned(f"{base}/{name}")
 
 
-def _lock(path: str) -> int | None:
+def _lock(path: str, *, waits: bool = False) -> int | None:
     """Lock a directory of this user's. Return the descriptor, None if it is locked or gone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         status = os.fstat(fd)
         if status.st_uid == os.getuid() and os.path.samestat(status, os.stat(path)):
             return fd
