@@ -89,7 +89,8 @@ class Encoder:
     def join(header: Any, frames: list[Any]) -> list[Any]:
         """Return the buffers that make up an encoded message on a stream."""
         if not frames:
-            return [PREFIX.pack(len(header), 0) + header]
+            prefix = PREFIX.pack(len(header), 0)
+            return [prefix + header] if len(header) <= INLINE_BYTES else [prefix, header]
         lengths = b"".join([FRAME_LENGTH.pack(len(frame)) for frame in frames])
         return [PREFIX.pack(len(header), len(frames)) + lengths + header, *frames]
 

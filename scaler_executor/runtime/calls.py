@@ -37,6 +37,8 @@ PLAIN_TYPES: Final = frozenset({int, float, str, bytes, bool, type(None)})
 BULK_TYPES: Final = frozenset({bytes, bytearray, str})
 
 _MAX_BUFFERS: Final = 1024
+#: A larger pickle is searched for names only if its value can have any.
+_SEARCHED_BYTES: Final = 1 << 10
 #: `is_bulky` looks no further.
 _MAX_LOOKED_AT: Final = 16
 _FRAME_OPCODE: Final = 0x95
@@ -106,7 +108,12 @@ class CallPickler:
             data = _dumps(value, PROTOCOL, buffer_callback=_refuse_large)
         except Exception:
             return None
-        return data if len(data) <= INLINE_BYTES and not _is_special(data) else None
+        if len(data) > INLINE_BYTES:
+            return None
+        # A search takes longer than the pickling, where there is much to search.
+        if len(data) > _SEARCHED_BYTES and _names_nothing(value):
+            return data
+        return None if _is_special(data) else data
 
     def dumps_in_band(self, value: Any, names: set[str] | None = None) -> bytes:
         """Return one pickle of any size; `names` and errors as `dumps`."""
@@ -259,6 +266,16 @@ def _release(views: list[Any]) -> None:
 def _is_special(data: bytes) -> bool:
     """Tell whether a pickle may name what C pickle alone does not do right: see `namespace_pickles`."""
     return b"__main__" in data or b"multiprocessing." in data
+
+
+def _names_nothing(value: Any, depth: int = 2) -> bool:
+    """Tell whether a value is made of plain ones, seen at a glance."""
+    kind = type(value)
+    if kind in PLAIN_TYPES:
+        return True
+    if kind is tuple:
+        return depth > 0 and len(value) <= _MAX_LOOKED_AT and all(_names_nothing(part, depth - 1) for part in value)
+    return kind is dict and not value
 
 
 def _is_special_chunk(chunk: Any) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from scaler_executor.runtime import platform, spawning, surroundings
 from scaler_executor.runtime.segments import SegmentDirectory, SegmentStore
+from scaler_executor.runtime.transport import SEND_BUFFER_BYTES
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
 #: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
@@ -131,6 +132,8 @@ class EmbeddedCluster:
         placeholders = fill_standard_descriptors()
         try:
             self.socket, theirs = socket.socketpair()
+            for end in (self.socket, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             self._config_socket, their_config = socket.socketpair()
             client_pidfd = platform.watch_self()
             lifeline = platform.Lifeline(is_spawned=True)
