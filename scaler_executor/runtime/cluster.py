@@ -21,11 +21,12 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scaler_executor.runtime import platform, spawning, surroundings
-from scaler_executor.runtime.segments import SegmentDirectory, SegmentStore
-from scaler_executor.runtime.transport import SEND_BUFFER_BYTES
+
+if TYPE_CHECKING:
+    from scaler_executor.runtime.segments import SegmentDirectory, SegmentStore
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
 #: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
@@ -133,7 +134,7 @@ class EmbeddedCluster:
         try:
             self.socket, theirs = socket.socketpair()
             for end in (self.socket, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, platform.SEND_BUFFER_BYTES)
             self._config_socket, their_config = socket.socketpair()
             client_pidfd = platform.watch_self()
             lifeline = platform.Lifeline(is_spawned=True)
@@ -186,6 +187,7 @@ class EmbeddedCluster:
         then is taken for it."""
         _check_library()
         import scaler_executor.runtime.identity
+        import scaler_executor.runtime.segments
         from scaler_executor.runtime.namespace import MainDefinitions
 
         #: What of `__main__` workers have, and what they are to be sent.
@@ -216,6 +218,7 @@ class EmbeddedCluster:
             inherited_main = snapshot()
             self.main.inherit(inherited_main)
         from scaler_executor.runtime.identity import authkey
+        from scaler_executor.runtime.segments import SegmentDirectory
 
         key = authkey()
         if self._segments is None:

@@ -47,7 +47,6 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.protocol.page import CURRENT, DONE, HEARD, INTERRUPT, ITEM, STOP, slot
 from scaler_executor.runtime import platform
 from scaler_executor.runtime.segments import remove_abandoned
-from scaler_executor.runtime.transport import SEND_BUFFER_BYTES
 from scaler_executor.runtime.worker import NUDGE, WorkerConfig, worker_main
 
 PIPE_BYTES: Final = 1 << 20
@@ -199,7 +198,7 @@ class Forker:
         pid = 0
         try:
             here, there = socket.socketpair()
-            here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, platform.SEND_BUFFER_BYTES)
             opened += [here.detach(), there.detach()]
             opened += os.pipe()
             opened.append(platform.create_page())

@@ -66,6 +66,10 @@ RESERVE_S: Final[float | None] = 1.0 if PORTABLE else None
 #: tell of the fault.
 FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP})
 
+#: What a pair takes before its writer has to wait, as far as the system allows. A thread that comes back from waiting
+#: first has to get the interpreter's lock: calls of 10 KB take a quarter less time with this than with the default.
+SEND_BUFFER_BYTES: Final = 1 << 20
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # kernel 6.9
