@@ -487,7 +487,7 @@ class Forker:
                     # What it forked between the two signals above is in its group still.
                     platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
             path = self._config.segments_path
-            if path is not None and not remove_abandoned(path) and os.listdir(path) and not os.fork():
+            if path is not None and not remove_abandoned(path) and not os.fork():
                 # Somebody who kills us all may not have come to the client yet, and it may take some time to die. If it
                 # does not die, it removes this itself.
                 signal.alarm(LEFT_BEHIND_S)

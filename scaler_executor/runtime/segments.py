@@ -375,16 +375,22 @@ class SegmentDirectory:
     def remove(self) -> None:
         """Remove it, whatever is in it. The cluster's processes are gone."""
         if self._fd >= 0:
-            _remove_tree(self.path)
+            remove_tree(self.path)
             self.close()
 
 
 def remove_abandoned(path: str, *, waits: bool = False) -> bool:
-    """Remove an executor's directory if its client is gone; `waits`: as soon as it is. Return whether there is none."""
+    """Remove an executor's directory if its client is gone; `waits`: as soon as it is. An empty one is removed in any
+    case: only whoever ends after the executor's last call does this. Return whether there is none."""
     fd = _lock(path, waits=waits)
     if fd is not None:
-        _remove_tree(path)
+        remove_tree(path)
         os.close(fd)
+    else:
+        try:
+            os.rmdir(path)
+        except OSError:
+            pass
     return not os.path.exists(path)
 
 
@@ -395,8 +401,9 @@ def sweep(base: str) -> None:
     except OSError:
         return
     for name in names:
-        if name.startswith(f"{_PREFIX}-{os.getuid()}-"):
-            remove_abandoned(f"{base}/{name}")
+        if name.startswith(f"{_PREFIX}-{os.getuid()}-") and (fd := _lock(f"{base}/{name}")) is not None:
+            remove_tree(f"{base}/{name}")
+            os.close(fd)
 
 
 def _lock(path: str, *, waits: bool = False) -> int | None:
@@ -416,7 +423,7 @@ def _lock(path: str, *, waits: bool = False) -> int | None:
     return None
 
 
-def _remove_tree(path: str) -> None:
+def remove_tree(path: str) -> None:
     """Remove a directory of files. A worker that is being killed may still write some."""
     for _ in range(100):
         try:

@@ -25,7 +25,7 @@ from scaler_executor.protocol.segment import Segment
 from scaler_executor.runtime import log, platform, surroundings
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
-from scaler_executor.runtime.segments import SegmentStore, remove_abandoned
+from scaler_executor.runtime.segments import SegmentStore, remove_tree
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 AGENT: Final = 0
@@ -94,8 +94,10 @@ class Server:
         self._loop.run(self._next_deadline, self._on_deadline, self._exchange, self._may_spin)
         self._agent.close()
         _wait_for_forkers()
-        if self._config["segments_path"] is not None:
-            remove_abandoned(self._config["segments_path"])
+        path = self._config["segments_path"]
+        if path is not None and platform.has_ended(self._client_pidfd):
+            # Whoever holds its lock: a child that C code has forked, say.
+            remove_tree(path)
 
     # Between scheduler and agent
 

@@ -359,13 +359,16 @@ def test_sweep(tmp_path: Path) -> None:
 def test_a_closed_directory_is_not_removed(tmp_path: Path) -> None:
     """A fork of the client lets go of it; the client still has it."""
     directory = SegmentDirectory(str(tmp_path))
+    kept = put(directory.store(), bytes(SIZE))
 
     def child() -> None:
         directory.close()
         directory.remove()
 
     assert in_child(child) == 0
-    remove_abandoned(directory.path)
+    assert not remove_abandoned(directory.path)
+    del kept
+    sweep(str(tmp_path))
     assert os.path.exists(directory.path)
     directory.remove()
     assert not os.path.exists(directory.path)
