@@ -24,6 +24,7 @@ import mmap
 import os
 import sys
 import threading
+import weakref
 from functools import lru_cache
 from typing import Any, Final
 
@@ -46,6 +47,13 @@ _MAP_FIXED: Final = 0x10
 _VIEW_BYTES: Final = 1 << 30
 #: Content is compared in pieces that stay in the cache.
 _COMPARED_BYTES: Final = 1 << 18
+
+
+class _Mapping(mmap.mmap):
+    """A file that is mapped copy-on-write."""
+
+    #: Which; None: it is this process's alone.
+    source: Segment | None = None
 
 
 class _Ownership:
@@ -93,6 +101,10 @@ class StoredSegment(Segment):
         if not self._is_kept:
             self._ownership = None
 
+    def own(self) -> None:
+        """Have the file removed with this object from now on."""
+        self._ownership = _Ownership()
+
     def map(self) -> Any:
         """Return the content, a writable buffer of the caller's own. Each call of a segment that was taken over returns
         the same one.
@@ -110,6 +122,8 @@ class StoredSegment(Segment):
         if self._ownership is not None:
             self._mapping = mapping
             self._let_go()
+        else:
+            self._store.note_argument(self, mapping)
         return mapping
 
     def _let_go(self) -> None:
@@ -140,6 +154,8 @@ class SegmentStore:
         self._used_bytes = 0
         #: {(id of the object whose content it is, size): file}: the client's last ones that are still there.
         self._recent: dict[tuple[int, int], tuple[int, _Ownership]] = {}
+        #: {address: mapping} of the arguments that this process has.
+        self._arguments: weakref.WeakValueDictionary[int, _Mapping] = weakref.WeakValueDictionary()
         #: A fork of this process removes nothing that it has copies of.
         self._pid = os.getpid()
 
@@ -151,8 +167,8 @@ class SegmentStore:
         """Write buffers into a file, one behind the other. Return None where there is no room.
 
         An object that the client has put before, for a call that is not over, and that has not changed since, is not
-        written again. Whether it has changed is seen by comparing all of it: that takes a fraction of the time that
-        new memory takes.
+        written again, nor is an argument that a call returns as it came. Whether it has changed is seen by comparing
+        all of it: that takes a fraction of the time that new memory takes.
 
         Args:
             buffers: Contiguous, `size_bytes` together.
@@ -160,12 +176,30 @@ class SegmentStore:
         if self._pid != os.getpid():
             return None
         if self.writer != CLIENT_WRITER:
-            return self._write(buffers, size_bytes)
+            return self._link(buffers, size_bytes) or self._write(buffers, size_bytes)
         key = _origin(buffers), size_bytes
         before = self._find_recent(key)
         if before is not None and self._is_same(before, buffers):
             return before
         return self._write(buffers, size_bytes, key)
+
+    def _link(self, buffers: list[Any], size_bytes: int) -> StoredSegment | None:
+        """Give the file of an argument a second name, if this is the argument and has not changed."""
+        if len(buffers) != 1 or not self._arguments:
+            return None
+        argument = self._arguments.get(_address(buffers[0]))
+        source = argument.source if argument is not None else None
+        if source is None or source.size_bytes != size_bytes or not self._is_same(source, buffers):
+            return None
+        with self._lock:
+            self._last_number = number = self._last_number + 1
+        segment = StoredSegment(self, self.writer, number, size_bytes)
+        try:
+            os.link(self.path_of(source), self.path_of(segment))
+        except OSError:
+            return None
+        segment.own()
+        return segment
 
     def _find_recent(self, key: tuple[int, int]) -> StoredSegment | None:
         with self._lock:
@@ -202,7 +236,7 @@ class SegmentStore:
                     del self._recent[next(iter(self._recent))]
         return segment
 
-    def _is_same(self, segment: StoredSegment, buffers: list[Any]) -> bool:
+    def _is_same(self, segment: Segment, buffers: list[Any]) -> bool:
         """Tell whether this is what the file holds."""
         piece = bytearray(min(segment.size_bytes, _COMPARED_BYTES))
         at = 0
@@ -226,6 +260,11 @@ class SegmentStore:
         finally:
             os.close(fd)
         return at == segment.size_bytes
+
+    def note_argument(self, segment: Segment, mapping: _Mapping) -> None:
+        """Note where a file is mapped that somebody else removes."""
+        mapping.source = Segment(segment.writer, segment.number, segment.size_bytes)
+        self._arguments[_address(mapping)] = mapping
 
     def refer(self, writer: int, number: int, size_bytes: int) -> StoredSegment:
         """Return a segment that somebody else removes."""
@@ -447,12 +486,21 @@ def _write(fd: int, buffer: Any) -> None:
             at += os.write(fd, rest[at : at + _VIEW_BYTES])
 
 
-def _map(fd: int, size_bytes: int) -> Any:
+def _address(buffer: Any) -> int:
+    """Return where a buffer is, 0 if it is read-only."""
+    ctypes, _ = _libc()
+    try:
+        return int(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+    except (TypeError, ValueError, BufferError):
+        return 0
+
+
+def _map(fd: int, size_bytes: int) -> _Mapping:
     """Map a file copy-on-write. No descriptor is kept: there may be thousands."""
     if sys.version_info >= (3, 13):
-        return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, trackfd=False)
+        return _Mapping(fd, size_bytes, access=mmap.ACCESS_COPY, trackfd=False)
     # Room of the right size, and then the file in its place: `mmap` on a file keeps a descriptor for life.
-    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping = _Mapping(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if os.fstat(fd).st_size < size_bytes:
         raise OSError("a file in shared memory is shorter than it was written")  # or reading it would be SIGBUS
     _map_over(mapping, fd, size_bytes)

@@ -267,6 +267,28 @@ def test_threads_share_and_let_go(store: SegmentStore) -> None:
     assert not failures and files(store) == []
 
 
+@pytest.mark.parametrize("changed_at", [None, 0, SIZE - 1])
+def test_an_argument_that_is_returned(store: SegmentStore, worker: SegmentStore, changed_at: int | None) -> None:
+    """A call that returns its argument unchanged writes nothing; what each side does with its own is its own."""
+    argument = put(store, os.urandom(SIZE))
+    mine = worker.refer(0, argument.number, SIZE).map()
+    if changed_at is not None:
+        mine[changed_at] ^= 1
+    result = put(worker, memoryview(mine))
+    is_linked = os.path.samefile(store.path_of(argument), worker.path_of(result))
+    assert is_linked == (changed_at is None)
+    expected = bytes(mine)
+    result.pass_on()
+    mine[1] ^= 1
+    arrived = store.take_mapped(7, result.number, SIZE)
+    assert bytes(arrived) == expected
+    arrived[2] ^= 1
+    assert bytes(store.refer(0, argument.number, SIZE).map()[3 : SIZE - 1]) == expected[3 : SIZE - 1]
+    assert files(store) == [argument.name]
+    del argument
+    assert files(store) == []
+
+
 # Room
 
 
