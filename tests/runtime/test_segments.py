@@ -487,7 +487,7 @@ def test_attempts_that_fail_leave_nothing(store: SegmentStore) -> None:
 def test_too_large(store: SegmentStore) -> None:
     """What is larger than the limit is refused before it is copied; what a file takes does not count."""
     pickler = CallPickler(MainDefinitions(), max_bytes=SEGMENT_BYTES)
-    with pytest.raises(TaskTooLargeError, match="more than 262144 bytes are not sent") as caught:
+    with pytest.raises(TaskTooLargeError, match=f"more than {SEGMENT_BYTES} bytes are not sent") as caught:
         pickler.dumps_call(((bytes(SIZE),), {}))
     assert caught.value.size_bytes > SIZE and caught.value.limit_bytes == SEGMENT_BYTES
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -503,5 +503,5 @@ def test_errors_hold_no_views() -> None:
     value = [Block(bytearray(SIZE))]
     with pytest.raises(TaskTooLargeError) as caught:
         CallPickler(MainDefinitions(), max_bytes=1000).dumps(value)
-    assert [type(holder) for holder in gc.get_referrers(value[0].content)] == [Block]
+    assert {type(holder) for holder in gc.get_referrers(value[0].content)} <= {Block, dict}  # its `__dict__`
     assert caught.value.size_bytes > SIZE
