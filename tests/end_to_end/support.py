@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ DEADLINE_S = 30.0
 #: Set by the tests that run for minutes when asked to.
 IS_LONG = bool(os.environ.get("SCALER_EXECUTOR_LONG"))
 MARK = "SCALER_EXECUTOR_TEST"
+#: As in `runtime.segments`, which workers need not import for this.
+VARIABLE = "SCALER_EXECUTOR_SHARED_MEMORY"
 
 
 class Fifo:
@@ -356,6 +359,10 @@ class Scene:
         self.temporary.mkdir()
         self.mark = f"{MARK}-{os.getpid()}-{time.monotonic_ns()}"
         os.environ[MARK] = self.mark
+        #: Where the test's executors put large payloads.
+        self.shared = Path(f"/dev/shm/scaler-executor-{self.mark}")
+        self.shared.mkdir()
+        os.environ[VARIABLE] = str(self.shared)
         self._parts: list[Any] = []
         self._numbers = itertools.count()
         marked = directory / self.mark
@@ -407,14 +414,15 @@ class Scene:
             except OSError:
                 pass  # that of the listing itself
         things |= set(fds)
-        # The semaphores of multiprocessing come and go with other processes' work; none of them is ours.
+        # The semaphores of multiprocessing, and the directories of others' executors, come and go; none of them is ours.
         # Nor is what bears the mark of another test, which another process runs at the same time.
         shared = {
             entry
             for entry in os.listdir("/dev/shm")
-            if not entry.startswith("sem.mp-") and (MARK not in entry or self.mark in entry)
+            if not entry.startswith(("sem.mp-", "scaler-executor-")) and (MARK not in entry or self.mark in entry)
         }
         things |= {f"shared memory {entry}" for entry in shared}
+        things |= {f"shared memory {path}" for path in self.shared.rglob("*")}
         things |= {f"temporary file {path}" for path in self.temporary.iterdir()}
         return things
 
@@ -440,3 +448,5 @@ class Scene:
         finally:
             self._mapping.close()
             os.environ.pop(MARK, None)
+            os.environ.pop(VARIABLE, None)
+            shutil.rmtree(self.shared)
