@@ -115,7 +115,7 @@ class StoredSegment(Segment):
         """
         if self._mapping is not None:
             return self._mapping
-        fd = os.open(self._store.path_of(self), os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open(self._store.path_of(self), os.O_RDONLY)
         try:
             mapping = _map(fd, self.size_bytes)
         finally:
@@ -219,7 +219,7 @@ class SegmentStore:
         ownership = _Ownership(key)
         segment = StoredSegment(self, self.writer, number, size_bytes, ownership, is_kept=key is not None)
         try:
-            fd = os.open(self.path_of(segment), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = _open(self.path_of(segment), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         except OSError:
             return None  # the segment gives the bytes back, and there is no file to be removed
         try:
@@ -242,7 +242,7 @@ class SegmentStore:
         piece = bytearray(min(segment.size_bytes, _COMPARED_BYTES))
         at = 0
         try:
-            fd = os.open(self.path_of(segment), os.O_RDONLY | os.O_CLOEXEC)
+            fd = _open(self.path_of(segment), os.O_RDONLY)
         except OSError:
             return False
         try:
@@ -478,6 +478,11 @@ def remove_tree(path: str) -> None:
             return
         except OSError:
             continue
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file. A call may have closed stdout, say, and left threads that go on printing: not into this file."""
+    return platform.move_away(os.open(path, flags | os.O_CLOEXEC, 0o600))
 
 
 def _write(fd: int, buffer: Any) -> None:

@@ -187,6 +187,29 @@ def close_descriptors(low: int, high: int) -> int:
     return os.getpid()
 
 
+_has_scribbled_enough = threading.Event()
+
+
+def close_and_scribble(size_bytes: int) -> bytes:
+    """Close stdin, leave a thread that writes to whatever has its number, and return zeros."""
+    _has_scribbled_enough.clear()
+
+    def scribble() -> None:
+        while not _has_scribbled_enough.is_set():
+            try:
+                os.write(0, b"x")
+            except OSError:
+                pass
+
+    os.close(0)
+    threading.Thread(target=scribble, daemon=True).start()
+    return bytes(size_bytes)
+
+
+def scribble_no_more() -> None:
+    _has_scribbled_enough.set()
+
+
 def close_and_hold(started: Fifo, low: int, high: int) -> int:
     """Close them, say so by a new one, and return what the new one was."""
     os.closerange(low, high)
