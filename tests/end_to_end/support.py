@@ -414,7 +414,7 @@ class Scene:
             except OSError:
                 pass  # that of the listing itself
         things |= set(fds)
-        # The semaphores of multiprocessing, and the directories of others' executors, come and go; none of them is ours.
+        # The semaphores of multiprocessing, and directories of other executors, come and go; none of them is ours.
         # Nor is what bears the mark of another test, which another process runs at the same time.
         shared = {
             entry

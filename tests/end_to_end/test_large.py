@@ -142,6 +142,40 @@ def test_calls_of_a_dead_worker(scene: Scene, make: Make) -> None:
     wait_until(lambda: not files(scene), "payloads are left")
 
 
+def test_each_attempt_has_its_argument(scene: Scene, make: Make) -> None:
+    """A call that is made again finds its argument and its closure, and they are gone when it is over."""
+    executor = make(2)
+    view = executor.with_options(retries=2)
+    journals = [scene.journal() for _ in range(6)]
+    block = workload.Block(b"\5" * SIZE)
+    bound = workload.Block(b"\6" * SIZE)
+    calls = [view.submit(workload.first_at_last, journals[0], 2, block)]
+    calls.append(view.submit(lambda: workload.first_at_last(journals[1], 1, bound)))
+    # Each later closure drops what is known of the one before it, which is still wanted.
+    others = [executor.submit(lambda number=number: bound.content[0] + number) for number in range(4)]
+    items = view.map(workload.first_at_last, journals[2:], [0, 2, 1, 0], [block] * 4)
+    assert [call.result(DEADLINE_S) for call in calls] == [5, 6]
+    assert [other.result(DEADLINE_S) for other in others] == [6, 7, 8, 9]
+    assert list(items) == [5] * 4
+    assert [len(journal.read()) for journal in journals] == [3, 2, 1, 3, 2, 1]
+    wait_until(lambda: len(files(scene)) <= 1, "arguments are left")  # that of the last closure, which is known still
+    executor.submit(lambda: None).result(DEADLINE_S)
+
+
+def test_options_that_stop_a_call_leave_nothing(scene: Scene, make: Make) -> None:
+    """The argument of a call that takes too long is gone when it was stopped; a later one still finds its own."""
+    executor = make(1)
+    started = scene.fifo()
+    block = workload.Block(bytearray(SIZE))
+    view = executor.with_options(timeout=0.3, cancel_grace=0)
+    late = view.submit(workload.tell_and_hold, started, block)
+    waiting = view.submit(workload.first, block)
+    started.hear()
+    assert isinstance(late.exception(DEADLINE_S), TimeoutError)
+    assert waiting.result(DEADLINE_S) == 0
+    wait_until(lambda: not files(scene), "payloads are left")
+
+
 def test_workers_killed_while_they_write(scene: Scene, make: Make) -> None:
     """Whatever a worker has written when it is killed is found: as a result, or as nobody's."""
     executor = make(2)

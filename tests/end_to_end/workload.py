@@ -707,6 +707,15 @@ def first(block: Block) -> int:
     return int(block.content[0])
 
 
+def first_at_last(journal: Journal, times: int, block: Block) -> int:
+    """Look at the block, and end the process as often before that is the result."""
+    journal.write("start", os.getpid())
+    value = first(block)
+    if len(journal.read()) <= times:
+        kill_self(signal.SIGKILL)
+    return value
+
+
 def exit_with(code: int, value: object) -> NoReturn:
     os._exit(code)
 
