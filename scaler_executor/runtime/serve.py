@@ -36,6 +36,8 @@ AGENT_WRITER: Final = -1
 ORPHAN_END_S: Final = 1.5
 #: So long a forker may take to end its workers and itself.
 FORKER_END_S: Final = 3.0
+#: So long a client may take to end whose connection has ended.
+CLIENT_END_S: Final = 0.5
 
 
 class ClientPeer:
@@ -94,7 +96,9 @@ class Server:
         self._agent.close()
         _wait_for_forkers()
         path = self._config["segments_path"]
-        if path is not None and platform.has_ended(self._client_pidfd):
+        # One that dies closes its connection a little before it has ended.
+        timeout_s = 0.0 if self._end_by is None else CLIENT_END_S
+        if path is not None and platform.has_ended(self._client_pidfd, timeout_s):
             # Whoever holds its lock: a child that C code has forked, say.
             remove_tree(path)
 
