@@ -370,6 +370,7 @@ class Scene:
         with open(marked, "r+b") as file:
             self._mapping = mmap.mmap(file.fileno(), 0)
         gc.collect()
+        self._processes_before = self.processes()
         self._before = self._inventory()
 
     def fifo(self) -> Fifo:
@@ -404,9 +405,8 @@ class Scene:
         return sorted(found)
 
     def _inventory(self) -> set[str]:
-        """Return a line for each thing that a test could leave."""
-        things = {f"process {describe(pid)}" for pid in self.processes()}
-        things |= {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
+        """Return a line for each thing that a test could leave, but for processes."""
+        things = {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
         fds = []
         for entry in os.listdir("/proc/self/fd"):
             try:
@@ -428,7 +428,11 @@ class Scene:
 
     def leftovers(self) -> list[str]:
         """Return what is there now and was not before."""
-        return sorted(self._inventory() - self._before)
+        # A process is known by its number alone: what it is doing changes.
+        before = self._processes_before
+        return [f"process {describe(pid)}" for pid in self.processes() if pid not in before] + sorted(
+            self._inventory() - self._before
+        )
 
     def close(self) -> None:
         """Wait until everything is gone; report, and end, what is not."""

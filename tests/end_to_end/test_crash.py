@@ -461,6 +461,7 @@ def test_kill_subset(scene: Scene, start_method: str, subset: tuple[str, ...], i
         client.wait()
     wait_gone(*[pid for pid in pids if pid != client.pid])
     if len(subset) == len(victims):
+        client.wait()
         sweep(str(scene.shared))  # as the next executor does: nobody was left to do it
 
 
