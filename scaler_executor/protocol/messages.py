@@ -168,7 +168,7 @@ class Hello(Message, tag=1):
     version: int = PROTOCOL_VERSION
     python: str = ""
     name: str = ""
-    session: bytes = b""  # names the session to resume; empty for a new one
+    secret: bytes = b""  # of a client: the same for each of its sessions, of which a new one ends the others
     max_running: int | None = None  # at most so many of this client's items at once
     max_items_per_worker: int | None = None  # instead of what agents were told for the workers of this client
 

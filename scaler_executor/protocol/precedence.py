@@ -42,6 +42,8 @@ PIECE_BYTES: Final = 1 << 16
 #: Rows go in one message up to so many frames, for a message may have `MAX_FRAMES`: calls of several clients, say, of
 #: which each is within it.
 GROUP_FRAMES: Final = MAX_FRAMES // 4
+#: ... and up to so many of them: whoever takes a message in does nothing else meanwhile, and others wait.
+GROUP_ROWS: Final = 1000
 #: In the place of a client: this one, where there is only one.
 _OWN: Final = -1
 #: The field that holds the rows, of messages in which each row is for itself and begins with its task.
@@ -141,10 +143,14 @@ def divide(message: Message, waiting: Iterable[Keys]) -> list[Message]:
         tasks: set[int] = set().union(*(keys.tasks for keys in waiting))
         if tasks:
             parts = [[row for row in rows if row[0] not in tasks], [row for row in rows if row[0] in tasks]]
-    groups = [group for part in parts for group in _grouped(part)] if rows_name == "results" else parts
+    # What was handed back comes in one message: it is queued again in its order.
+    groups = parts if isinstance(message, TaskReturned) else [group for part in parts for group in _grouped(part)]
     groups = [group for group in groups if group]
     if len(groups) < 2:
         return [message]
+    if isinstance(message, TaskCancel) and len({row[0] for row in rows}) == len(rows):
+        # The last first: or what is queued behind those of the first message would start, to be stopped by the next.
+        groups.reverse()
     return [msgspec.structs.replace(message, **{rows_name: group}) for group in groups]
 
 
@@ -169,11 +175,15 @@ def _divide_calls(message: TaskSubmit | TaskRun, are_clients_apart: bool) -> lis
 
 
 def _grouped(rows: list[Any]) -> list[list[Any]]:
-    """Part the rows, which end with their payloads, so that large ones are alone and no group has too many frames."""
+    """Part the rows, which end with their payloads if they have any, so that large ones are alone and no group has too
+    many rows or frames."""
     groups: list[list[Any]] = [[]]
     frames = 0
     for row in rows:
         payload = row[-1]
+        if len(groups[-1]) >= GROUP_ROWS:
+            groups.append([])
+            frames = 0
         if type(payload) is Frames:
             if _is_large(payload):
                 groups += [[row], []]

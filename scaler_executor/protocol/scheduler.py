@@ -149,7 +149,7 @@ class SchedulerState:
                 self._tasks.step(task, "FENCE_DUE")
             if agent is not None:
                 self._limits.agent_stopped(agent)
-        if self._limits.is_due:
+        if self._limits.is_due or self._limits.due:
             self._limits.divide()
         if self._closing is not None:
             self._give_back(self._closing)
@@ -228,14 +228,15 @@ class SchedulerState:
                 raise RemoteProtocolError(f"max_running {limits[0]}, max_items_per_worker {limits[1]}")
             if self._last_client_id == MAX_CLIENT_ID:
                 raise RemoteProtocolError("one client too many: this scheduler has no more numbers")
+            self._end_earlier_session(message.secret)
             self._last_client_id += 1
             workers = sum(agent.workers for agent in self._assignment.agents)
             client = Client(peer_id, self._last_client_id, *limits, message.name[:MAX_NAME], self._output.now)
+            client.secret = message.secret
             self._peers[peer_id] = client
             self._output.instructions.append(Send(peer_id, Welcome(self._last_client_id, workers=workers)))
             if limits != (None, None):
-                self._limits.clients[self._last_client_id] = client
-                self._limits.is_due = True
+                self._limits.add(client)
         elif message.role == "agent":
             self._peers[peer_id] = agent = Agent(peer_id, message.name[:MAX_NAME], self._output.now)
             self._assignment.add(agent)
@@ -246,6 +247,12 @@ class SchedulerState:
             self._output.instructions.append(Send(peer_id, Welcome(0)))
         else:
             raise RemoteProtocolError(f"role {message.role[:20]!r}")
+
+    def _end_earlier_session(self, secret: bytes) -> None:
+        """Stop the calls of a client that has begun anew: its lease here may outlast the fence time of those again."""
+        for old in [peer for peer in self._peers.values() if isinstance(peer, Client) and peer.secret == secret != b""]:
+            self._output.instructions.append(Drop(old.peer, "the client has begun another session"))
+            self._peer_lost(old.peer, "another session", stopped=True)
 
     def _refuse(self, peer_id: int, reason: str, kind: RefusalKind) -> None:
         self._output.instructions += [Send(peer_id, Refused(reason, kind)), Drop(peer_id, reason, error=True)]
@@ -300,7 +307,7 @@ class SchedulerState:
         for task in tasks:
             self._tasks.step(task, "CLIENT_LOST")
         self._assignment.refresh(client)
-        self._limits.clients.pop(client.client_id, None)
+        self._limits.forget_client(client)
         self._output.touched.pop(client, None)
         keys = [(client.client_id, function_id) for function_id in client.functions]
         for agent in self._assignment.agents:

@@ -22,8 +22,9 @@ class Limits:
     def __init__(self, assignment: Assignment, output: SchedulerOutput) -> None:
         #: {client_id: Client} of those that have any.
         self.clients: dict[int, Client] = {}
-        #: Something has changed since `divide`.
+        #: Something has changed since `divide`: for all of them, and for these.
         self.is_due = False
+        self.due: dict[Client, None] = {}
         self._assignment = assignment
         self._agents = assignment.agents
         self._output = output
@@ -31,8 +32,10 @@ class Limits:
 
     def divide(self) -> None:
         """Tell agents what has changed for them."""
+        due = list(self.clients.values()) if self.is_due else list(self.due)
         self.is_due = False
-        for client in self.clients.values():
+        self.due.clear()
+        for client in due:
             if client.max_running is None:
                 for agent in self._agents:
                     seat = agent.seat(client)
@@ -41,14 +44,24 @@ class Limits:
             else:
                 self._divide(client, client.max_running)
 
+    def add(self, client: Client) -> None:
+        """Take in a new client with limits."""
+        self.clients[client.client_id] = client
+        self.due[client] = None
+
+    def forget_client(self, client: Client) -> None:
+        """A client is gone."""
+        self.clients.pop(client.client_id, None)
+        self.due.pop(client, None)
+
     def limited(self, agent: Agent, client_id: int, limit_no: int) -> None:
         """An agent keeps a limit from now on."""
         client = self.clients.get(client_id)
         seat = agent.seats.get(client) if client is not None else None
         # If it is not the newest one, the agent has more to say.
-        if seat is not None and seat.quota is not None and seat.limit_no == limit_no:
+        if seat is not None and seat.quota is not None and seat.limit_no == limit_no and seat.in_use != seat.quota:
             seat.in_use = seat.quota
-            self.is_due = True
+            self.due[seat.client] = None
 
     def agent_lost(self, agent: Agent) -> None:
         """What an agent out of reach may run counts until it must have stopped."""

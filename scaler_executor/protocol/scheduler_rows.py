@@ -105,6 +105,8 @@ class Client:
         now: float = 0.0,
     ) -> None:
         self.peer = peer
+        #: See `Hello`; b"": this is its only session.
+        self.secret = b""
         #: So many of its items may be in progress at once; None: no limit.
         self.max_running = max_running
         #: What its workers are replaced after, if not what agents were told.

@@ -135,6 +135,9 @@ class AgentRuntime:
         self._on_drained = on_drained
         self._encoder = Encoder()
         self._workers: dict[int, WorkerHandle] = {}
+        #: Workers to look at, in this order; and whether that is going on.
+        self._to_look: dict[int, None] = {}
+        self._is_looking = False
         #: Workers that have been ordered but are not here yet.
         self._ordered: set[int] = set()
         self._bell = platform.Bell.create()
@@ -144,7 +147,7 @@ class AgentRuntime:
         self._perform_one: dict[type, Callable[[Any], None]] = {
             protocol.Send: lambda instruction: self._send(instruction.message),
             protocol.Start: self._start,
-            protocol.Look: self._look,
+            protocol.Look: self._want_look,
             protocol.Fork: self._fork,
             protocol.Interrupt: lambda i: self._tell_forker(InterruptWorker(i.worker_id, i.seq)),
             protocol.Freeze: lambda i: self._tell_forker(FreezeWorker(i.worker_id, i.kill_seq, i.revoke, i.split_seq)),
@@ -161,10 +164,12 @@ class AgentRuntime:
         """Feed one event to the state and do what it says."""
         for instruction in self._state.handle(event, monotonic()):
             self._perform_one[type(instruction)](instruction)
+        if self._to_look and not self._is_looking:
+            self._look_at_workers()
 
     def next_deadline(self) -> float | None:
         """Return when `handle(Tick())` is due, or None."""
-        return self._state.next_deadline()
+        return 0.0 if self._to_look else self._state.next_deadline()
 
     @property
     def outstanding(self) -> int:
@@ -272,8 +277,22 @@ class AgentRuntime:
         self._loop.forget(handle.results.fileno())
         self._tell_forker(KillWorker(handle.worker_id))
 
-    def _look(self, instruction: protocol.Look) -> None:
-        handle = self._workers.get(instruction.worker_id)
+    def _want_look(self, instruction: protocol.Look) -> None:
+        self._to_look[instruction.worker_id] = None
+
+    def _look_at_workers(self) -> None:
+        """Look once at each worker that is to be looked at. What is seen may be the reason for more looks, and is for
+        ever where the state takes longer than from one look to the next: those wait for the next round of the loop."""
+        self._is_looking = True
+        try:
+            to_look, self._to_look = self._to_look, {}
+            for worker_id in to_look:
+                self._look(worker_id)
+        finally:
+            self._is_looking = False
+
+    def _look(self, worker_id: int) -> None:
+        handle = self._workers.get(worker_id)
         if handle is None:
             return
         page = handle.page
@@ -282,7 +301,7 @@ class AgentRuntime:
             self._read(handle)
             if not handle.results.is_partial and (records := handle.results.take_range()):
                 self.handle(protocol.Records(handle.worker_id, records))
-        if instruction.worker_id in self._workers:
+        if worker_id in self._workers:
             self.handle(protocol.Seen(handle.worker_id, current, done))
 
     # The forker

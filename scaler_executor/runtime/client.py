@@ -27,6 +27,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
@@ -77,7 +78,7 @@ from scaler_executor.runtime.functions import FunctionTable, KnownFunction, Prep
 from scaler_executor.runtime.interfaces import Cluster, Run
 from scaler_executor.runtime.namespace import Definition, Needs
 from scaler_executor.runtime.outbox import Outbox
-from scaler_executor.runtime.outstanding import Outstanding
+from scaler_executor.runtime.outstanding import Outstanding, is_of_view
 from scaler_executor.runtime.platform import FAULTS, Bell
 from scaler_executor.runtime.refusals import (
     make_lost_error,
@@ -190,7 +191,10 @@ class ClientFutureManager:
         #: See the top of the file.
         self._asleep: list[bool] = []
         self._bell = Bell.create()
-        self._callbacks: SimpleQueue[ScalerFuture[Any] | None] = SimpleQueue()
+        #: What the callback thread is to do: call a future's callbacks, say that it has come so far, end.
+        self._callbacks: SimpleQueue[ScalerFuture[Any] | threading.Event | None] = SimpleQueue()
+        #: {id: future} of those in there, until their callbacks have returned.
+        self._calling: dict[int, ScalerFuture[Any]] = {}
         self._callback_thread: threading.Thread | None = None
         #: All calls are answered and leave is taken, or the scheduler is lost; then, that the processes are gone and
         #: the thread ends; then, that the callback thread ends. Not `Thread.join` alone: up to Python 3.12 one that a
@@ -412,6 +416,7 @@ class ClientFutureManager:
 
     def call_back(self, future: ScalerFuture[Any]) -> None:
         """Have the future's callbacks called."""
+        self._calling[id(future)] = future
         self._callbacks.put(future)
 
     def expect_callbacks(self) -> None:
@@ -424,7 +429,7 @@ class ClientFutureManager:
                 # At its end, not at that of the I/O thread: the interpreter's exit waits for what is registered.
                 thread = threading.Thread(
                     target=_run_callbacks,
-                    args=(self._callbacks, partial(_end_callbacks, id(self), self._has_called_back)),
+                    args=(self._callbacks, self._calling, partial(_end_callbacks, id(self), self._has_called_back)),
                     name="scaler-executor-callbacks",
                     daemon=True,
                 )
@@ -489,6 +494,27 @@ class ClientFutureManager:
         """Return the calls of a view, and of the views of it, that have no final answer."""
         with self._lock:
             return self._outstanding.of_view(terms)
+
+    def join_view(self, terms: Terms) -> None:
+        """Wait until the calls of a view are over, callbacks included, but not for the thread that asks."""
+        current = threading.current_thread()
+        if current is self._thread:
+            return
+        with self._io_lock:  # the I/O thread is not just settling what it has taken from there
+            futures, runs = self.get_outstanding(terms)
+        wait(futures)
+        for run in runs:
+            run.over.wait()
+        with self._io_lock:
+            calling = list(self._calling.values())
+        if self._callback_thread is current or not any(is_of_view(future, terms) for future in calling):
+            return
+        with self._lock:
+            # Behind the end of the queue nothing is looked at.
+            passed = self._has_called_back if self._has_ended else threading.Event()
+            if not self._has_ended:
+                self._callbacks.put(passed)
+        passed.wait()
 
     @property
     def is_closing(self) -> bool:
@@ -675,8 +701,8 @@ class ClientFutureManager:
             self._has_room.set()
             if self._end_reason is None:
                 self._end_reason = self._cluster.join()
-            self._callbacks.put(None)
             with self._lock:
+                self._callbacks.put(None)
                 self._has_ended = True
                 self._bell.close()
                 if self._callback_thread is None:
@@ -918,15 +944,23 @@ def _failed_future(error: Exception) -> ScalerFuture[Any]:
     return future
 
 
-def _run_callbacks(queue: SimpleQueue[ScalerFuture[Any] | None], at_end: Callable[[], object]) -> None:
+def _run_callbacks(
+    queue: SimpleQueue[ScalerFuture[Any] | threading.Event | None],
+    calling: dict[int, ScalerFuture[Any]],
+    at_end: Callable[[], object],
+) -> None:
     """The callback thread, until it gets None."""
     while True:
-        future = queue.get()
-        if future is None:
+        item = queue.get()
+        if item is None:
             at_end()
             return
-        future.invoke_callbacks()
-        del future  # or it would live until the next one comes
+        if isinstance(item, threading.Event):
+            item.set()
+        else:
+            item.invoke_callbacks()
+            calling.pop(id(item), None)
+        del item  # or a future would live until the next one comes
 
 
 def _end_callbacks(manager_id: int, ended: threading.Event) -> None:

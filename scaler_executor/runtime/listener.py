@@ -28,6 +28,10 @@ from scaler_executor.runtime.network import (
 )
 from scaler_executor.runtime.security import Keys
 
+#: ... and it is read for no longer than this: messages may have many rows.
+TURN_S: Final = 0.01
+#: While there is always more to be read, nobody is taken for silent for so long.
+PATIENCE_S: Final = 1.0
 #: A transport over which a peer has not answered for so long is closed: its end may never be told otherwise.
 HEARTBEAT_S: Final = 10.0
 HEARTBEAT_TIMEOUT_S: Final = 30.0
@@ -125,6 +129,8 @@ class Listener:
         #: Where it listens, with the port that was found.
         self.address = self._router.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         self._last_number = 0
+        #: Since when what is due waits because there is always more to be read.
+        self._unread_since: float | None = None
         #: {nonce of the other end: peer}, {routing id: peer}.
         self._by_nonce: dict[bytes, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
@@ -149,12 +155,15 @@ class Listener:
             except zmq.Again:
                 may_be_more = False
                 break
+        until = monotonic() + TURN_S
         for _ in range(TURN_MESSAGES):
             try:
                 first, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return may_be_more
             self._arrived(first.bytes, parts)
+            if monotonic() >= until:
+                break
         return True
 
     def next_deadline(self) -> float | None:
@@ -163,9 +172,14 @@ class Listener:
 
     def on_deadline(self) -> None:
         """Look after the sessions whose time has come."""
-        while self.drain():
-            pass  # what came while this process was busy counts
         now = monotonic()
+        if self.drain():
+            # What came while this process was busy counts; but others in this process have their turns as well.
+            if self._unread_since is None:
+                self._unread_since = now
+            if now < self._unread_since + PATIENCE_S:
+                return
+        self._unread_since = None
         while self._due and self._due[0][0] <= now:
             _, _, peer = heapq.heappop(self._due)
             peer.look_at = 0.0

@@ -19,6 +19,12 @@ from scaler_executor.runtime.segments import holds_segments
 from scaler_executor.runtime.terms import Terms
 
 
+def is_of_view(future: ScalerFuture[Any], terms: Terms) -> bool:
+    """Tell whether a call was submitted through the view with these terms, or a view of it."""
+    its: Terms | None = getattr(future, "_terms", None)
+    return its is not None and its.are_within(terms)
+
+
 class Outstanding:
     """Everything of one client that has no final answer."""
 
@@ -36,11 +42,7 @@ class Outstanding:
 
     def of_view(self, terms: Terms) -> tuple[list[ScalerFuture[Any]], list[Run]]:
         """Return those that were submitted through a view, and views of it. Under the client's lock."""
-        futures = [
-            future
-            for future in self.futures.values()
-            if (its := getattr(future, "_terms", None)) is not None and its.are_within(terms)
-        ]
+        futures = [future for future in self.futures.values() if is_of_view(future, terms)]
         runs = [run for run in self.runs.values() if run.terms is not None and run.terms.are_within(terms)]
         return futures, runs
 

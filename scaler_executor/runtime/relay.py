@@ -62,6 +62,8 @@ class Relay:
         self._welcome: Welcome | None = None
         #: The client has said Hello for the current session: what it says counts.
         self._has_hello = False
+        #: The scheduler knows the client's sessions by it.
+        self._secret = os.urandom(16)
         self._is_leaving = False
         self._end_by: float | None = None
         self._give_up_at: float | None = monotonic() + config["connect_timeout_s"]
@@ -94,6 +96,7 @@ class Relay:
             "client",
             python=python_version(),
             name=self._config["name"],
+            secret=self._secret,
             max_running=self._config["max_running"],
             max_items_per_worker=self._config["max_tasks_per_child"],
         )
@@ -215,7 +218,8 @@ class Relay:
         elif isinstance(message, Refused):
             self._report(message.kind, message.reason)
             if message.kind == RefusalKind.UNREACHABLE:
-                self._on_lost(message.reason)
+                # Another session begins when this one cannot be resumed: the scheduler takes no Hello in it.
+                self._lose_session(message.reason)
             else:
                 self._end(message)
         elif self._has_hello:
@@ -234,11 +238,15 @@ class Relay:
         if self._is_leaving:
             self._loop.stop()
             return
+        self._lose_session(reason)
+        self._dialer.send(self._hello())
+
+    def _lose_session(self, reason: str) -> None:
+        """What the client has outstanding is lost. It is let in again with the next Welcome."""
         was_welcome, self._welcome = self._welcome, None
         if was_welcome is not None and self._has_hello:
             self._has_hello = False
             self._tell(SessionLost(reason))
-        self._dialer.send(self._hello())
 
     def _on_failed(self, reason: str, is_refusal: bool) -> None:
         self._last_failure = reason

@@ -46,11 +46,19 @@ class Terms:
     @property
     def are_closed(self) -> bool:
         """Whether the view, or one that it is a view of, takes no more calls."""
-        return self.is_closed or (self.parent is not None and self.parent.are_closed)
+        terms: Terms | None = self
+        while terms is not None:  # no recursion: views of views may be many
+            if terms.is_closed:
+                return True
+            terms = terms.parent
+        return False
 
     def are_within(self, other: Terms) -> bool:
         """Tell whether these are `other`, or those of a view of it."""
-        return self is other or (self.parent is not None and self.parent.are_within(other))
+        terms: Terms | None = self
+        while terms is not None and terms is not other:
+            terms = terms.parent
+        return terms is other
 
 
 class TermsTable:

@@ -8,7 +8,6 @@ executors and maps use.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 from scaler_executor.defaults import DefaultTimeout
@@ -101,13 +100,11 @@ class ClientView:
         self._has_ended_client = self._has_ended_client or (client.is_closing and not was_closed)
 
     def join(self) -> None:
-        """Wait until its calls are over; and for the end of the executor, if the view was all that was left of it."""
+        """Wait until its calls are over, callbacks included; and for the end of the executor, if the view was all that
+        was left of it."""
         client = self._client
         if not client.is_abandoned:
-            futures, runs = client.get_outstanding(self.terms)
-            wait(futures)
-            for run in runs:
-                run.over.wait()
+            client.join_view(self.terms)
             if self._has_ended_client:
                 client.join()
 

@@ -186,7 +186,7 @@ class Worker:
                 self._exit_if_fork(error)
                 said = self._last_words.text()
                 _log_failed_initializer()
-                self._fail_to_start(error, said)
+                self._fail_to_start(error, "the initializer failed:\n", said)
 
     def _set_up(self, payload: Payload) -> None:
         """Make ready for a client that has not started this process: what it wants done once, before its first call."""
@@ -204,12 +204,12 @@ class Worker:
         self._run_initializer()
         self._exit_if_fork(None)
 
-    def _fail_to_start(self, error: BaseException, said: str = "") -> NoReturn:
-        """Say why there will be no calls, and what has been said before, and end."""
+    def _fail_to_start(self, error: BaseException, what: str = "", said: str = "") -> NoReturn:
+        """Say why there will be no calls: `what` it was, and what has been said before; and end."""
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         if said:
             text += DeathReport("", stderr=said).last_words
-        body = text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
+        body = what.encode() + text.encode("utf-8", "replace")[-MAX_START_ERROR_BYTES:]
         self._write(_pack(len(body), 0, 0, 0, RECORD_START_FAILED) + body)
         self._ring()
         _abandon_children()

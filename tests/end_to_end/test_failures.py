@@ -259,6 +259,7 @@ def test_initializer_fails(scene: Scene, make: Make) -> None:
     for future in futures:
         error = future.exception(DEADLINE_S)
         assert isinstance(error, WorkerStartError) and "the licence server does not answer" in str(error)
+        assert str(error).splitlines()[0] == "the initializer failed:"
     assert 1 <= len(journal.read()) <= 4
     assert other.submit(workload.add, 1).result(DEADLINE_S) == 1
 

@@ -96,6 +96,19 @@ def test_options_merge(executor: ScalerExecutor) -> None:
     assert view.with_options(name=None)._client.terms.name is None
 
 
+def test_views_of_views_of_views(executor: ScalerExecutor) -> None:
+    """A program may make a view of the last one for ever."""
+    first = view = executor.with_options()
+    for _ in range(3000):
+        view = view.with_options(retries=1)
+    assert_usable(view)
+    future = view.submit(workload.echo, 1)
+    first.shutdown()
+    assert future.done()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        view.submit(workload.echo, 1)
+
+
 def test_shutdown_of_a_view(scene: Scene, executor: ScalerExecutor) -> None:
     """A view's `with` waits for the view's calls and ends the view; executor and other views go on."""
     gate, started = scene.fifo(), scene.fifo()
@@ -116,6 +129,32 @@ def test_shutdown_of_a_view(scene: Scene, executor: ScalerExecutor) -> None:
     assert_usable(other)
     gate.open()
     assert foreign.result(DEADLINE_S) == "foreign"
+
+
+def test_shutdown_of_a_view_waits_for_callbacks(executor: ScalerExecutor) -> None:
+    """A view's `shutdown(wait=True)` returns when the callbacks of its calls have, as the standard library's, but does
+    not wait for those of others; and it may be called in one."""
+    gate, called = threading.Event(), threading.Event()
+    view, other = executor.with_options(), executor.with_options()
+
+    def call_slowly(_: object) -> None:
+        gate.wait(DEADLINE_S)
+        called.set()
+
+    view.submit(workload.echo, 1).add_done_callback(call_slowly)
+    ended = threading.Thread(target=view.shutdown)
+    ended.start()
+    other.submit(workload.echo, 2).result(DEADLINE_S)
+    other.shutdown()
+    ended.join(0.2)
+    assert ended.is_alive() and not called.is_set()
+    gate.set()
+    ended.join(DEADLINE_S)
+    assert called.is_set() and not ended.is_alive()
+    within = executor.with_options()
+    done = threading.Event()
+    within.submit(workload.echo, 1).add_done_callback(lambda _: (within.shutdown(), done.set()))
+    assert done.wait(DEADLINE_S)
 
 
 def test_cancel_futures_of_a_view(scene: Scene, executor: ScalerExecutor) -> None:

@@ -425,6 +425,17 @@ def test_taking_over_a_session(scene: Scene, served: Served) -> None:
     assert isinstance(alice.hear(), TaskCancelConfirm)
 
 
+def test_another_session_of_a_client(scene: Scene, served: Served) -> None:
+    """Who begins anew, and knows the secret of the earlier session, ends that one; with another secret nobody does."""
+    sessions = [scene.keep(Speaker(served.keygen(f"carol_{number}"))) for number in range(3)]
+    for session, secret in zip(sessions, (b"secret", b"another", b"secret"), strict=True):
+        assert isinstance(session.hello("client", secret=secret), Welcome)
+    assert len(status(served)["clients"]) == 2
+    for session in sessions[1:]:
+        session.say(TaskCancel([(1, 1, CancelKind.FORCED)]))
+        assert isinstance(session.hear(), TaskCancelConfirm)
+
+
 def hello_of(role: str) -> Hello:
     return Hello(role, python=python_version())
 

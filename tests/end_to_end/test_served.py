@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, wait
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import workload
 from proxy import Proxy
-from served import COMMAND, Served
+from served import COMMAND, Served, python_path
 from support import DEADLINE_S, Scene, is_gone, wait_gone, wait_until
 
 from scaler_executor import CancelOutcome, ScalerExecutor, SchedulerLostError, WorkerDiedError
@@ -224,6 +225,7 @@ def test_killed_client(scene: Scene, cluster: Served, connect: Connect) -> None:
     started, journal = scene.fifo(), scene.journal()
     source = """
 import sys
+import time
 from scaler_executor import ScalerExecutor
 import support, workload
 started, journal = support.copy_of_fifo(sys.argv[1]), support.copy_of_journal(sys.argv[2])
@@ -309,6 +311,7 @@ def test_first_signal_drains_and_second_stops(scene: Scene, cluster: Served, con
     gate.open(2)
     assert [future.result(DEADLINE_S) for future in running] == [0, 1]
     assert cluster.scheduler.wait() == 0
+    assert "WARNING" not in cluster.output, "nobody has broken the protocol"
 
     cluster.start()
     other = connect().submit(workload.sleep_for, 3600)
@@ -506,3 +509,28 @@ def test_status_of_nothing(scene: Scene, cluster: Served) -> None:
     assert silent.returncode == 1 and "no connection to the scheduler" in silent.stderr
     missing = run(cluster, *COMMAND, "status", scene.directory / "none.json")
     assert missing.returncode == 2 and "there is no connection file" in missing.stderr
+
+
+LOOKS_ALL_THE_TIME = """
+import sys
+import time
+if "serve" in sys.argv:
+    from scaler_executor.protocol import agent_dispatch
+    agent_dispatch.LOOK_S = 0.0
+"""
+
+
+def test_agent_slower_than_its_looks(scene: Scene) -> None:
+    """An agent that takes longer for an event than from one look at its workers to the next still serves: here as if
+    each look were late."""
+    sites = scene.directory / "sites"
+    sites.mkdir()
+    (sites / "sitecustomize.py").write_text(LOOKS_ALL_THE_TIME)
+    environment = {"PYTHONPATH": python_path(sites)}
+    with Served(scene.directory / "cluster", environment=environment) as cluster:
+        with ScalerExecutor(address=cluster.connection) as executor:
+            futures = [executor.submit(time.sleep, 0.2) for _ in range(4)]
+            assert len(wait(futures, DEADLINE_S).done) == 4 and not any(future.exception() for future in futures)
+            assert list(executor.map(workload.echo, range(1000))) == list(range(1000))
+        assert cluster.scheduler.stop() == 0
+        assert "Traceback" not in cluster.output

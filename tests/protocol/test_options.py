@@ -1,5 +1,7 @@
 """What options make of calls: timeouts, priorities, and retries that outlast a scheduler."""
 
+from random import Random
+
 import pytest
 
 from scaler_executor.protocol import priorities
@@ -409,6 +411,63 @@ def test_nobody_is_overtaken_for_ever():
     assert [taken.index(1), taken.index(2)] == [most, 2 * most + 1]
 
 
+class CountedEntry(Entry):
+    """Counts how often it is looked at."""
+
+    looks = 0
+
+    @property
+    def state(self):
+        CountedEntry.looks += 1
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, state):
+        self.__dict__["state"] = state
+
+
+def test_a_priority_for_each_call():
+    """Many priorities make a queue no slower: for one call it looks at few others."""
+    count, CountedEntry.looks = 2000, 0
+    queue = priorities.PriorityQueue(CountedEntry(no, no * 7 % count) for no in range(count))
+    taken = []
+    while queue:
+        assert 0 <= queue.rank <= priorities.MAX_RANK and queue[0] is not None
+        taken.append(queue.popleft().task_id)
+    assert sorted(taken) == list(range(count)) and CountedEntry.looks < 20 * count
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_as_if_all_were_looked_at(seed):
+    """What is taken is what one finds who looks at every call, whatever has been put back or is gone."""
+    random = Random(seed)
+    queue, levels, seen, overtaken = priorities.PriorityQueue(), {}, set(), 0
+    for no in range(1, 3000):
+        priority = random.randrange(random.choice([3, 50]))
+        entries = [entry for level in levels.values() for entry in level]
+        if random.random() < 0.1 and entries:
+            gone = random.choice(entries)
+            gone.state = "GONE"
+            levels[gone.function.function.options.priority].remove(gone)
+        if random.random() < 0.55:
+            seen.add(priority)
+            levels.setdefault(priority, []).append(Entry(no, priority))
+            queue.append(levels[priority][-1])
+        levels = {priority: level for priority, level in levels.items() if level}
+        assert bool(queue) == bool(levels)
+        if levels and random.random() < 0.5:
+            highest = levels[max(levels)]
+            assert queue.rank == min(priorities.MAX_RANK, sum(priority < max(levels) for priority in seen))
+            oldest = min(levels.values(), key=lambda level: level[0].task_id)
+            level = oldest if overtaken >= priorities.OVERTAKES else highest
+            overtaken = 0 if level is oldest else overtaken + 1
+            entry = level.pop(0)
+            assert queue[0] is entry and queue.popleft() is entry
+            if random.random() < 0.2:
+                level.insert(0, entry)
+                queue.appendleft(entry)
+
+
 def test_scheduler_gives_out_by_priority():
     """Of what waits at the scheduler the highest priority is given out first."""
     state = scheduler(capacity=0)
@@ -569,6 +628,27 @@ def test_calls_of_another_scheduler_are_fenced():
     (out,) = state.got(AGENT, TaskDied([(BASE + 1, 2, REPORT)]))
     report = priorities_report(out.message.results[0][4])
     assert (report.attempt, report.earlier) == (2, [Death("the scheduler that had it was lost", attempt=1)])
+
+
+def test_calls_of_an_earlier_session():
+    """A client that begins anew where it is still taken to be there has its calls stopped before they are made again;
+    others keep theirs, whether they have a secret or not."""
+    state = Scheduler()
+    for peer, secret in ((CLIENT, b"secret"), (7, b""), (8, b"another")):
+        state.got(peer, Hello("client", secret=secret))
+    state.got(AGENT, Hello("agent", name="a"))
+    state.got(AGENT, AgentCapacity(8, 4))
+    for peer in (CLIENT, 7, 8):
+        state.got(peer, TaskSubmit([(1, 1, 1, b"p1")], [RETRIED]))
+    out = state.got(9, Hello("client", secret=b"secret"))
+    assert Drop(CLIENT, "the client has begun another session") in out
+    (cancels,) = [i.message.cancels for i in out if isinstance(i, SchedulerSend) and isinstance(i.message, TaskCancel)]
+    assert [(task_id, kind) for task_id, _, kind in cancels] == [(BASE + 1, FORCED)]
+    assert SchedulerSend(9, Welcome(4, workers=4)) in out
+    state.got(9, TasksAgain([(1, 0, [])]))
+    state.got(9, TaskSubmit([(1, 1, 1, b"p1")], [RETRIED]))
+    assert not any(isinstance(i, Drop) for i in state.got(10, Hello("client")))
+    assert state.outstanding == 4
 
 
 def test_calls_of_another_scheduler_without_retries_left():

@@ -271,6 +271,33 @@ def test_rows_that_must_wait_are_parted_from_others():
     way.check_over()
 
 
+def test_many_rows_are_several_messages():
+    """What one message says never takes its receiver long: whole queues are cancelled, and confirmed, piecemeal."""
+    cancels = [(no, 1, int(CancelKind.FORCED)) for no in range(1, 2501)]
+    for message, rows in (
+        (TaskCancel(cancels), "cancels"),
+        (TaskSubmit([(no, 1, 1, b"") for no, _, _ in cancels]), "tasks"),
+        (TaskRun([(no, 1, 1, 1, 0, 1, b"") for no, _, _ in cancels]), "tasks"),
+        (TaskResult([(no, 0, 1, 0, b"") for no, _, _ in cancels]), "results"),
+    ):
+        way = Way()
+        way.put(message)
+        parts = [getattr(part, rows) for part in way.move()]
+        if rows == "cancels":
+            parts.reverse()  # or what is queued would start when those before it are cancelled, to be stopped as well
+        assert [len(part) for part in parts] == [1000, 1000, 500]
+        assert [row for part in parts for row in part] == getattr(message, rows)
+        way.check_over()
+
+
+def test_many_requests_for_the_same_keep_their_order():
+    """The newest request for a task is the last one that arrives."""
+    way = Way()
+    rows = [(no, cancel_no, int(CancelKind.FORCED)) for cancel_no in (1, 2) for no in range(1, 1001)]
+    way.put(TaskCancel(rows))
+    assert [row for part in way.move() for row in part.cancels] == rows
+
+
 def test_small_ones_alone():
     """What is small can be had without what is large."""
     outbox = Outbox()

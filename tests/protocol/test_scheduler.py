@@ -13,6 +13,7 @@ from scaler_executor.protocol.messages import (
     CallStyle,
     CancelKind,
     ClientGone,
+    ClientLimit,
     ClientLimited,
     Death,
     DeathReport,
@@ -963,6 +964,27 @@ def test_a_waiting_client_looks_nowhere_in_vain_again():
     scheduler.got(CLIENT + 1000, TaskSubmit([(no, 1, 1, b"x") for no in range(1, 301)], [function()]))
     for no in range(301, 400):
         assert scheduler.looks_at(CLIENT + 1000, TaskSubmit([(no, 1, 1, b"x")])) == ([], 0)
+
+
+@pytest.mark.parametrize("n_others", [0, 20], ids=["one client", "many clients"])
+def test_a_limit_that_is_kept_is_not_divided_again(n_others):
+    """When agents say that they keep a limit, the parts are only looked at where that sets something free."""
+    scheduler = Scheduler()
+    parts = scheduler._limits._parts
+    divided = []
+    scheduler._limits._parts = lambda client, most: divided.append(client.client_id) or parts(client, most)
+    for agent in range(1, 51):
+        scheduler.got(agent, Hello("agent"))
+        scheduler.got(agent, AgentCapacity(8, 2))
+    for client in range(1001, 1001 + n_others):
+        scheduler.got(client, Hello("client", max_running=7))
+    divided.clear()
+    out = scheduler.got(2000, Hello("client", max_running=40))
+    limits = [(i.peer, i.message) for i in out if isinstance(i.message, ClientLimit) and i.message.limit_no]
+    assert len(limits) == 40 and divided == [n_others + 1]
+    for agent, limit in limits:
+        assert scheduler.got(agent, ClientLimited(limit.client_id, limit.limit_no)) == []
+    assert divided == [n_others + 1]
 
 
 def test_the_least_loaded_agent_comes_first():

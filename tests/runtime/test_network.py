@@ -136,3 +136,29 @@ def test_small_messages_do_not_wait_for_room():
 def test_unfinished_messages_have_a_limit():
     """It has to do with the memory of the machine."""
     assert 1 << 30 < network.UNFINISHED_BYTES < 1 << 40
+
+
+def test_reading_leaves_time_for_others(ends):
+    """One who says a great deal keeps nothing else in the scheduler's process waiting, deadlines or not."""
+    ends.dial(Keys.create())
+    (dialer,) = ends.dialers
+    heard = []
+
+    def take_long(peer, header, frames):
+        heard.append(header)
+        until = monotonic() + 2 * listeners.TURN_S
+        while monotonic() < until:
+            pass
+
+    ends.listener._on_message = take_long
+    for no in range(1, 31):
+        dialer.send(TaskSubmit([(no, 1, 0, b"")]))
+    deadline = monotonic() + DEADLINE_S
+    while len(heard) < 30:
+        assert monotonic() < deadline
+        for turn in (ends.listener.drain, ends.listener.on_deadline):
+            before = len(heard)
+            turn()
+            assert len(heard) <= before + 1
+        dialer.drain()
+    assert not ends.lost
