@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from scaler_executor.future import cancel_all
 from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import Payload, ResultKind
+from scaler_executor.runtime.calls import WORDS
 from scaler_executor.runtime.namespace import NO_NEEDS
 from scaler_executor.runtime.results import LoadFailed, read_failure, read_values
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from scaler_executor.runtime.view import ClientView
 
 #: The most items in a run.
-RUN_ITEMS: Final = 256
+RUN_ITEMS: Final = 512
 #: About so much payload in a run.
 RUN_BYTES: Final = 1 << 14
 #: Of a map that is short, each worker gets about so many runs: the last ones even out what took longer.
@@ -313,6 +314,9 @@ class MapCall:
                     if kind != _VALUE:
                         self._raise_failure(kind, payload)
                     values = read_values(payload, count)  # type: ignore[arg-type]
+                    if self._buffersize is None and type(payload) is bytes and payload.startswith(WORDS):
+                        yield from values
+                        continue
                     payload = None
                     # The list must not keep what has been yielded.
                     values.reverse()

@@ -85,7 +85,7 @@ class TaskCancelConfirmType(IntEnum):
 class ResultKind(IntEnum):
     """What a result's payload is."""
 
-    VALUE = 0  # one pickle per item, one behind the other
+    VALUE = 0  # one pickle per item, one behind the other; or words, see `page.INTEGERS`
     ERROR = 1  # pickle of an exception, of one item
     DIED = 2  # msgpack of a `DeathReport`: the worker died in this item
     BROKEN = 3  # utf-8 text: no worker can be started, and why

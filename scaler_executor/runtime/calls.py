@@ -6,24 +6,25 @@ run what. Unpickling runs code of the peer's choosing: only the user's own proce
 The C pickler goes first. What it refuses (lambdas, closures, local classes) and what names `__main__` goes through the
 picklers of `namespace_pickles`, which import cloudpickle only for what they cannot do by themselves.
 
-A run of items travels as the pickle of (form, items), see `RunForm`. The results of a run come back as pickles one
-behind the other.
+A run of items travels as the pickle of (form, items), see `RunForm`. The results of a run come back in ranges: pickles
+one behind the other, or, where all are integers or all are floats, words.
 """
 
 from __future__ import annotations
 
 import pickle
+import struct
 import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
-from struct import Struct
 from types import FunctionType
 from typing import Any, Final
 
 from scaler_executor.errors import RemoteError, ResultTooLargeError, TaskTooLargeError
 from scaler_executor.protocol.codec import INLINE_BYTES, MAX_PAYLOAD_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import Frames, Payload
+from scaler_executor.protocol.page import FLOATS, INTEGERS
 from scaler_executor.protocol.segment import Segment
 from scaler_executor.runtime.namespace_names import Names, finds_by_name
 from scaler_executor.runtime.namespace_pickles import dumps_by_name
@@ -36,6 +37,8 @@ PLAIN_TYPES: Final = frozenset({int, float, str, bytes, bool, type(None)})
 #: Whose content, where it is large, a pickler writes to a file as it is.
 BULK_TYPES: Final = frozenset({bytes, bytearray, str})
 
+#: How a range begins that has no pickles.
+WORDS: Final = (INTEGERS, FLOATS)
 _MAX_BUFFERS: Final = 1024
 #: A larger pickle is searched for names only if its value can have any.
 _SEARCHED_BYTES: Final = 1 << 10
@@ -450,8 +453,11 @@ def loads_value(payload: Payload) -> Any:
 
 
 def loads_values(payload: Payload, count: int) -> list[Any]:
-    """Return the values of `count` pickles that stand one behind the other; `LoadFailed` for each that does not
-    unpickle."""
+    """Return the `count` values of a range; `LoadFailed` for each that does not unpickle."""
+    if type(payload) is bytes and payload.startswith(WORDS):
+        if len(payload) != 8 * (count + 1):
+            raise LocalProtocolError(f"{count} words in {len(payload)} bytes")
+        return list(struct.unpack_from(f"<{count}{payload[:1].decode()}", payload, 8))
     values: list[Any] = []
     if count == 1:
         try:
@@ -479,7 +485,7 @@ def loads_values(payload: Payload, count: int) -> list[Any]:
     return values
 
 
-_FRAME = Struct("<Q")
+_FRAME = struct.Struct("<Q")
 
 
 def _pickle_end(data: bytes, at: int) -> int:

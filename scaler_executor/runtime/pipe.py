@@ -13,7 +13,16 @@ from typing import Any, Final, TypeAlias
 
 from scaler_executor.protocol.codec import FRAME_LENGTH, MAX_FRAMES, RemoteProtocolError
 from scaler_executor.protocol.messages import Frames
-from scaler_executor.protocol.page import PENDING, RANGE_FIRST, RANGE_SEQ, RECORD, RECORD_BYTES, RECORD_VALUES
+from scaler_executor.protocol.page import (
+    FLOATS,
+    INTEGERS,
+    PENDING,
+    RANGE_FIRST,
+    RANGE_SEQ,
+    RECORD,
+    RECORD_BYTES,
+    RECORD_VALUES,
+)
 from scaler_executor.protocol.segment import SEGMENT_FRAME, SEGMENT_MARK
 from scaler_executor.runtime.platform import range_buffer
 from scaler_executor.runtime.transport import PartReader
@@ -217,7 +226,8 @@ class WorkerResults:
         taken_count, taken_bytes = self._taken[2:] if self._taken[:2] == (seq, first) else (0, 0)
         if count <= taken_count:
             return []
-        values = bytes(self._range_buffer[taken_bytes:used])
+        head = _head_of(bytes(self._range_buffer[: len(INTEGERS)])) if taken_bytes else b""
+        values = head + bytes(self._range_buffer[taken_bytes:used])
         if (page[RANGE_SEQ], page[RANGE_FIRST], page[PENDING]) != before:
             return []
         if self._pipe.has_more():
@@ -235,7 +245,8 @@ class WorkerResults:
                 assert isinstance(body, bytes)
                 self._taken = (0, 0, 0, 0)
                 left = int.from_bytes(body[:4], "little") - taken_count
-                rest = (RECORD_VALUES, seq, first + taken_count, left.to_bytes(4, "little") + body[4 + taken_bytes :])
+                values = _head_of(body[4:12]) + body[4 + taken_bytes :]
+                rest = (RECORD_VALUES, seq, first + taken_count, left.to_bytes(4, "little") + values)
                 records[index : index + 1] = [rest] if left else []
                 break
         return records
@@ -244,3 +255,8 @@ class WorkerResults:
         """Close the pipe and let go of the page."""
         self._pipe.close()
         self._range_buffer.release()
+
+
+def _head_of(begin: bytes) -> bytes:
+    """Return what a part of a range must begin with, given how the whole of it begins."""
+    return begin if begin in (INTEGERS, FLOATS) else b""

@@ -28,8 +28,10 @@ from scaler_executor.protocol.messages import CallStyle, DeathReport, Frames, Fu
 from scaler_executor.protocol.page import (
     CURRENT,
     DONE,
+    FLOATS,
     HEADER_WORDS,
     HEARD,
+    INTEGERS,
     INTERRUPT,
     ITEM,
     PENDING,
@@ -118,6 +120,11 @@ class Worker:
         self._page = page
         self._page_fd = page_fd
         self._range_buffer = range_buffer(page)
+        #: {type: (the range buffer as words of it, how it begins then)}
+        self._words: dict[type, tuple[Any, bytes]] = {}
+        if sys.byteorder == "little":
+            self._words[int] = self._range_buffer.cast("q"), INTEGERS
+            self._words[float] = self._range_buffer.cast("d"), FLOATS
         self._last_words = LastWords(page)
         self._bell = bell
         self._config = config
@@ -323,8 +330,14 @@ class Worker:
             page[DONE] = seq
             return
         buffer = self._range_buffer
+        is_single, is_plain = form == RunForm.PLAIN_SINGLE, form == RunForm.PLAIN
         #: Items and bytes in the range buffer.
         count = used = 0
+        #: The type of the values that stand there as words; None: pickles. Once a value is not of this type, the rest
+        #: of the run is pickled: to change between the two takes a system call each time.
+        word_type: Any = None
+        words: Any = None
+        head = b""
         error: BaseException | None = None
         item = 0
         for item in range(items):
@@ -340,9 +353,9 @@ class Worker:
                         # The signal came between two items and found nothing armed.
                         self._was_interrupted = True
                         raise TaskInterrupted
-                    if form == RunForm.PLAIN_SINGLE:
+                    if is_single:
                         value = function(arguments[skip + item])
-                    elif form == RunForm.PLAIN:
+                    elif is_plain:
                         value = function(*arguments[skip + item])
                     else:
                         value = function(*load_item(arguments[skip + item]))
@@ -354,32 +367,52 @@ class Worker:
                 error = raised
             if self._is_fork:
                 self._exit_if_fork(error)
-            body = self._dumps_small(value) if error is None else None
-            if count and (body is None or used + len(body) > RANGE_BYTES):
-                self._write_range(seq, count, used, b"")
-                count = used = 0
-            if body is None:
-                self._report(seq, item, RECORD_VALUE, value, error, is_last and item + 1 >= page[STOP])
-            else:
+            if not item and error is None and type(value) in self._words:
+                word_type = type(value)
+                words, head = self._words[word_type]
+            size = 0
+            if error is None and type(value) is word_type:
+                if used == RANGE_BYTES:
+                    self._write_range(seq, count, used)
+                    count = used = 0
                 if not count:
                     page[RANGE_SEQ] = seq
                     page[RANGE_FIRST] = item
-                end = used + len(body)
-                buffer[used:end] = body
-                used = end
+                    buffer[: len(head)] = head
+                    used = len(head)
+                try:
+                    words[used >> 3] = value
+                    size = 8
+                except ValueError:
+                    pass  # more than 64 bits
+            if not size:
+                body = self._dumps_small(value) if error is None else None
+                if word_type is not None or body is None or used + len(body) > RANGE_BYTES:
+                    word_type = None
+                    if count:
+                        self._write_range(seq, count, used)
+                    count = used = 0
+                if body is None:
+                    self._report(seq, item, RECORD_VALUE, value, error, is_last and item + 1 >= page[STOP])
+                else:
+                    if not count:
+                        page[RANGE_SEQ] = seq
+                        page[RANGE_FIRST] = item
+                    size = len(body)
+                    buffer[used : used + size] = body
+            if size:
+                used += size
                 count += 1
                 page[PENDING] = count << 32 | used
-                self._items_run += 1
                 if perf_counter() - self._rang_at > RING_INTERVAL_S:
-                    self._write_range(seq, count, used, b"")
+                    self._write_range(seq, count, used)
                     count = used = 0
                     self._ring()
             if self._was_interrupted:
                 break
             error = None
         if count:
-            ends_batch = is_last and not self._was_interrupted
-            self._write_range(seq, count, used, self._batch_end() if ends_batch else b"")
+            self._write_range(seq, count, used, ends_batch=is_last and not self._was_interrupted)
         if self._was_interrupted and error is None and item + 1 < page[STOP]:
             # The item swallowed the interrupt and has its value; the run ends here all the same.
             self._write_unwound(seq, item + 1)
@@ -396,9 +429,11 @@ class Worker:
             return None  # `_report` tries again and says what is wrong
         return body if body is not None and len(body) <= MAX_RANGE_VALUE_BYTES else None
 
-    def _write_range(self, seq: int, count: int, used: int, behind: bytes) -> None:
-        """Write what stands in the range buffer into the pipe, and `behind` after it."""
+    def _write_range(self, seq: int, count: int, used: int, *, ends_batch: bool = False) -> None:
+        """Write what stands in the range buffer into the pipe."""
+        self._items_run += count
         head = _pack(4 + used, seq, self._page[RANGE_FIRST], 0, RECORD_VALUES) + count.to_bytes(4, "little")
+        behind = self._batch_end() if ends_batch else b""
         self._write(head + bytes(self._range_buffer[:used]) + behind)
         self._page[PENDING] = 0
 

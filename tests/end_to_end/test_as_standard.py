@@ -231,7 +231,7 @@ executor.shutdown()
     "garbage": """
 for number in range(3):
     executor = make(1)
-    executor.submit(time.sleep, 0.05).add_done_callback(lambda future: print("called"))
+    executor.submit(time.sleep, 0.05).add_done_callback(lambda future: print("called\\n", end=""))
     del executor
     gc.collect()
 print(make(1).submit(abs, -3).result(), list(make(1).map(abs, [-1, -2])))

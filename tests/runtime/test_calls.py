@@ -6,6 +6,7 @@ import enum
 import functools
 import os.path
 import pickle
+import struct
 import sys
 import threading
 from typing import Any
@@ -16,8 +17,9 @@ import unpicklables
 from unpicklables import AwkwardError, CustomError, FailsToLoad, Unpicklable, add, identity, raise_error
 
 from scaler_executor.errors import RemoteError
-from scaler_executor.protocol.codec import INLINE_BYTES
+from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import CallStyle, Frames, Function
+from scaler_executor.protocol.page import FLOATS, INTEGERS
 from scaler_executor.runtime.calls import (
     CallPickler,
     LoadFailed,
@@ -208,6 +210,13 @@ def test_values_one_behind_the_other() -> None:
     failed = loaded.pop()
     assert loaded == values[:-1]
     assert isinstance(failed, LoadFailed) and isinstance(failed.error, ValueError)
+
+
+def test_words_of_a_wrong_length() -> None:
+    """As many values as there are said to be, or none."""
+    assert loads_values(FLOATS + struct.pack("<2d", 1.5, -2.5), 2) == [1.5, -2.5]
+    with pytest.raises(LocalProtocolError):
+        loads_values(INTEGERS + bytes(8), 2)
 
 
 class RaisesWhenLoaded:

@@ -11,9 +11,20 @@ import pytest
 
 from scaler_executor.protocol.codec import FRAME_LENGTH, RemoteProtocolError
 from scaler_executor.protocol.messages import Frames
-from scaler_executor.protocol.page import RECORD, RECORD_ERROR, RECORD_VALUE
+from scaler_executor.protocol.page import (
+    INTEGERS,
+    PENDING,
+    RANGE_FIRST,
+    RANGE_SEQ,
+    RECORD,
+    RECORD_ERROR,
+    RECORD_VALUE,
+    RECORD_VALUES,
+)
 from scaler_executor.protocol.segment import SEGMENT_FRAME, SEGMENT_MARK, Segment
-from scaler_executor.runtime.pipe import Record, ResultPipe
+from scaler_executor.runtime import platform
+from scaler_executor.runtime.calls import loads_values
+from scaler_executor.runtime.pipe import Record, ResultPipe, WorkerResults
 
 
 @pytest.fixture
@@ -125,3 +136,34 @@ def test_files_that_cannot_be(ends: tuple[ResultPipe, int]) -> None:
     os.write(write_fd, segment_record([(SEGMENT_MARK | SEGMENT_FRAME.size, SEGMENT_FRAME.pack(7, 1, 500))]))
     with pytest.raises(RemoteProtocolError, match="file"):
         pipe.read(1 << 20)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["left in the page", "written"])
+def test_numbers_that_are_looked_at_twice(clean: None, written: bool) -> None:
+    """What is taken of a range of words later is told from pickles as the first part was, wherever it comes from."""
+    page_fd = platform.create_page()
+    page = platform.map_page(page_fd)
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(read_fd, False)
+    results = WorkerResults(read_fd, page)
+    body = INTEGERS + b"".join(number.to_bytes(8, "little") for number in (10, 11, 12, 13))
+    buffer = platform.range_buffer(page)
+    buffer[: len(body)] = body
+    page[RANGE_SEQ], page[RANGE_FIRST], page[PENDING] = 7, 5, 2 << 32 | 24
+    (first,) = results.read(1 << 20) + results.take_range()
+    if written:
+        page[PENDING] = 0
+        os.write(write_fd, record(RECORD_VALUES, 7, 5, (4).to_bytes(4, "little") + body))
+        (second,) = results.read(1 << 20) + results.take_range()
+    else:
+        page[PENDING] = 4 << 32 | 40
+        (second,) = results.read(1 << 20) + results.take_range()
+    assert [each[:3] for each in (first, second)] == [(RECORD_VALUES, 7, 5), (RECORD_VALUES, 7, 7)]
+    for (*_, payload), expected in ((first, [10, 11]), (second, [12, 13])):
+        assert isinstance(payload, bytes)
+        assert loads_values(payload[4:], int.from_bytes(payload[:4], "little")) == expected
+    buffer.release()
+    results.close()
+    platform.unmap_page(page)
+    os.close(page_fd)
+    os.close(write_fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 import weakref
@@ -86,6 +87,13 @@ def spin_until_read(index: int) -> int:
     return index
 
 
+def wait_at_zero(number: int) -> int:
+    """Wait only at zero."""
+    if not number:
+        spin_until_read(5)
+    return number
+
+
 def test_styles(agent: Agent) -> None:
     """Plain functions, lambdas, bound methods and runs of every form are called as they should be."""
     worker = agent.fork()
@@ -105,6 +113,39 @@ def test_run_of_part_of_a_payload(agent: Agent) -> None:
     payload = agent.pickler.dumps_run([(n,) for n in range(10)])
     (seq,) = worker.send_rows([(3, 4, function_id, payload)], [function])
     assert [worker.value_of(seq, item) for item in range(3)] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0, -1, 2**63 - 1, -(2**63), 5],
+        [0.0, -0.0, math.inf, math.nan, 5e-324],
+        [1, 2, 2**63, 3, 2.0, True, None, "x"],
+        [1.0, 2, 1.0, False],
+        [True, 1, 1.0, None],
+        [2**63, 1],
+        list(range(20_000)),
+    ],
+    ids=["integers", "floats", "mixed", "floats first", "bool first", "large first", "more than fit"],
+)
+def test_values_of_a_run(agent: Agent, values: list[Any]) -> None:
+    """Numbers, which need no pickle, come back as what they are, whatever comes before and behind them."""
+    worker = agent.fork()
+    (seq,) = worker.send([(identity, [(value,) for value in values])])
+    worker.value_of(seq, len(values) - 1)
+    found = {item: value for _, number, item, value in worker.answers() if number == seq}
+    assert [repr(found[item]) for item in range(len(values))] == [repr(value) for value in values]
+
+
+def test_numbers_before_a_long_item(agent: Agent) -> None:
+    """Numbers of a run can be read while a long item runs, and come once."""
+    worker = agent.fork()
+    (seq,) = worker.send([(wait_at_zero, [(number,) for number in (3, 2, 1, 0, 7)])])
+    assert worker.value_of(seq, 2) == 1
+    journal[5] = 1
+    assert [worker.value_of(seq, item) for item in (3, 4)] == [0, 7]
+    journal[5] = 0
+    assert [record[1:] for record in worker.answers()] == [(seq, item, n) for item, n in enumerate((3, 2, 1, 0, 7))]
 
 
 def test_batch_end(agent: Agent) -> None:

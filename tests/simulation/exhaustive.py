@@ -25,9 +25,25 @@ from .cluster import Behaviour, Cluster
 from .worker import Page, SimWorker
 
 #: Attributes that are times: what matters is how far away they are.
-TIMES = {"look_at", "grace_due", "portion_since", "_fence_at", "idle_since"}
+TIMES = {"_idle", "look_at", "grace_due", "portion_since", "_fence_at", "idle_since"}
 #: Attributes that say nothing about what can happen next.
-IRRELEVANT = {"_now", "now", "_story", "story", "_out", "instructions", "stale", "victims", "starts", "load_s", "tries"}
+IRRELEVANT = {
+    "_by_load",
+    "load",
+    "_now",
+    "now",
+    "_story",
+    "story",
+    "_out",
+    "instructions",
+    "stale",
+    "victims",
+    "starts",
+    "load_s",
+    "tries",
+    "began",
+    "ran_s",
+}
 
 #: Steps that write words which mean something only while a call is in progress, when none is.
 UNSEEN = {"reset_item", "set_stop", "clear_item"}
@@ -247,7 +263,7 @@ def fingerprint(cluster: Small) -> int:
         if kind in (list, tuple, deque):
             return tuple([of(inner) for inner in value])
         if kind is dict or kind is Page:
-            return tuple([(of(key), of(inner, "")) for key, inner in value.items()])
+            return tuple([(of(key), of(inner, name)) for key, inner in value.items()])
         if kind in (set, frozenset):
             return tuple(sorted(map(repr, value)))
         if isinstance(value, (int, str)):
