@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 
     from scaler_executor.errors import AuthenticationError as AuthenticationError
     from scaler_executor.errors import RemoteError as RemoteError
+    from scaler_executor.errors import ResultTooLargeError as ResultTooLargeError
     from scaler_executor.errors import SchedulerLostError as SchedulerLostError
     from scaler_executor.errors import TaskInterrupted as TaskInterrupted
+    from scaler_executor.errors import TaskTooLargeError as TaskTooLargeError
     from scaler_executor.errors import VersionMismatchError as VersionMismatchError
     from scaler_executor.errors import WorkerDiedError as WorkerDiedError
     from scaler_executor.errors import WorkerStartError as WorkerStartError
@@ -64,10 +66,12 @@ __all__ = [
     "AuthenticationError",
     "CancelOutcome",
     "RemoteError",
+    "ResultTooLargeError",
     "ScalerExecutor",
     "ScalerFuture",
     "SchedulerLostError",
     "TaskInterrupted",
+    "TaskTooLargeError",
     "VersionMismatchError",
     "WorkerDiedError",
     "WorkerStartError",
@@ -77,10 +81,12 @@ _HOMES = {
     "AuthenticationError": "scaler_executor.errors",
     "CancelOutcome": "scaler_executor.future",
     "RemoteError": "scaler_executor.errors",
+    "ResultTooLargeError": "scaler_executor.errors",
     "ScalerExecutor": "scaler_executor.executor",
     "ScalerFuture": "scaler_executor.future",
     "SchedulerLostError": "scaler_executor.errors",
     "TaskInterrupted": "scaler_executor.errors",
+    "TaskTooLargeError": "scaler_executor.errors",
     "VersionMismatchError": "scaler_executor.errors",
     "WorkerDiedError": "scaler_executor.errors",
     "WorkerStartError": "scaler_executor.errors",

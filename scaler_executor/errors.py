@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AuthenticationError",
     "RemoteError",
+    "ResultTooLargeError",
     "SchedulerLostError",
     "TaskInterrupted",
+    "TaskTooLargeError",
     "VersionMismatchError",
     "WorkerDiedError",
     "WorkerStartError",
@@ -55,6 +57,49 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}"
+
+
+class _TooLargeError(ValueError):
+    """What is to be sent is larger than anything that is.
+
+    Attributes:
+        size_bytes: How large the pickle with its buffers is, without those that go through shared memory.
+        limit_bytes: How large it may be.
+    """
+
+    _what = ""
+
+    def __init__(self, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(size_bytes, limit_bytes)
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+    def __str__(self) -> str:
+        return f"{self._what} of {self.size_bytes} bytes: more than {self.limit_bytes} bytes are not sent"
+
+
+class TaskTooLargeError(_TooLargeError):
+    """The arguments of a call, or its function, are too large: set on its future, and nothing was sent.
+
+    Attributes:
+        size_bytes: How large the pickle with its buffers is, without those that go through shared memory.
+        limit_bytes: How large it may be.
+    """
+
+    __module__ = "scaler_executor"
+    _what = "a call with arguments"
+
+
+class ResultTooLargeError(_TooLargeError):
+    """The result of a call is too large: the call was made, and its future has this instead of its value.
+
+    Attributes:
+        size_bytes: How large the pickle with its buffers is, without those that go through shared memory.
+        limit_bytes: How large it may be.
+    """
+
+    __module__ = "scaler_executor"
+    _what = "a result"
 
 
 class AuthenticationError(ConnectionError):

@@ -5,6 +5,9 @@ written as
 
     u32 header length, u32 number of frames, u64 length of each frame, header, frames
 
+A payload in frames is an extension value in the header: the number of its buffers, and which of them are in files
+instead of frames, see `segment`.
+
 This module knows that layout, the limits and which rows carry payloads; it does no I/O. Decoding is safe on input
 from anyone: what is not a valid message of the expected kinds raises RemoteProtocolError and has no other effect.
 """
@@ -12,6 +15,7 @@ from anyone: what is not a valid message of the expected kinds raises RemoteProt
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from struct import Struct
 from typing import Any, Final, Generic, TypeVar
 
@@ -28,6 +32,7 @@ from scaler_executor.protocol.messages import (
     TaskSubmit,
     WorkerRun,
 )
+from scaler_executor.protocol.segment import pack_payload, unpack_entries
 
 PREFIX: Final = Struct("<II")
 FRAME_LENGTH: Final = Struct("<Q")
@@ -35,6 +40,8 @@ MAX_HEADER_BYTES: Final = 1 << 30
 MAX_FRAMES: Final = 1 << 16
 #: A payload larger than this travels as a frame, one copy less on each hop.
 INLINE_BYTES: Final = 1 << 16
+#: More of one payload does not travel, without what stands in files.
+MAX_PAYLOAD_BYTES: Final = 1 << 32
 
 _EXT_FRAMES: Final = 1
 
@@ -82,15 +89,17 @@ class Encoder:
     def join(header: Any, frames: list[Any]) -> list[Any]:
         """Return the buffers that make up an encoded message on a stream."""
         if not frames:
-            return [PREFIX.pack(len(header), 0) + header]
+            prefix = PREFIX.pack(len(header), 0)
+            return [prefix + header] if len(header) <= INLINE_BYTES else [prefix, header]
         lengths = b"".join([FRAME_LENGTH.pack(len(frame)) for frame in frames])
         return [PREFIX.pack(len(header), len(frames)) + lengths + header, *frames]
 
     def _hook(self, value: Any) -> msgspec.msgpack.Ext:
         if type(value) is not Frames:
             raise LocalProtocolError(f"a {type(value).__name__} cannot be sent")
-        self._frames += value.buffers
-        return msgspec.msgpack.Ext(_EXT_FRAMES, len(value.buffers).to_bytes(4, "little"))
+        data, frames = pack_payload(value.buffers)
+        self._frames += frames
+        return msgspec.msgpack.Ext(_EXT_FRAMES, data)
 
 
 class Decoder(Generic[M]):
@@ -98,10 +107,13 @@ class Decoder(Generic[M]):
 
     Args:
         expected: The union of message classes, `messages.ClientMessage` say.
+        open_segment: Makes what stands in `Frames` for a buffer in a file, out of writer, number and size in bytes;
+            None: this peer has no files.
     """
 
-    def __init__(self, expected: Any) -> None:
+    def __init__(self, expected: Any, open_segment: Callable[[int, int, int], Any] | None = None) -> None:
         self._decode = msgspec.msgpack.Decoder(expected).decode
+        self._open_segment = open_segment
 
     def decode(self, header: bytes | bytearray | memoryview, frames: list[Any]) -> M:
         """Return the message.
@@ -113,7 +125,7 @@ class Decoder(Generic[M]):
             message = self._decode(header)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RemoteProtocolError(f"not a message that this peer may send: {error}") from None
-        left = _place_frames(message, frames)
+        left = _place_frames(message, frames, self._open_segment)
         if left:
             raise RemoteProtocolError(f"{left} frames that no row of the {type(message).__name__} asks for")
         return message  # type: ignore[no-any-return]
@@ -125,7 +137,7 @@ def tag_of(header: Any) -> int | None:
     return header[1] if is_short_array and header[1] < 0x80 else None
 
 
-def _place_frames(message: Any, frames: list[Any]) -> int:
+def _place_frames(message: Any, frames: list[Any], open_segment: Callable[[int, int, int], Any] | None) -> int:
     """Put the frames where the extension values stand. Return how many are left over."""
     kind = type(message)
     if kind is TaskResult or kind is AgentResult:
@@ -145,18 +157,23 @@ def _place_frames(message: Any, frames: list[Any]) -> int:
     # In the order in which they stand in the message.
     for index, row in enumerate(rows):
         if row[-1].__class__ is not bytes:
-            rows[index] = (*row[:-1], _take(row[-1], waiting))
+            rows[index] = (*row[:-1], _take(row[-1], waiting, open_segment))
     for function in functions:
         if type(function.blob) is not bytes:
-            function.blob = _take(function.blob, waiting)  # type: ignore[assignment]
+            function.blob = _take(function.blob, waiting, open_segment)  # type: ignore[assignment]
     return sum(1 for _ in waiting)
 
 
-def _take(mark: Any, frames: Any) -> Frames:
-    if mark.code != _EXT_FRAMES or len(mark.data) != 4:
+def _take(mark: Any, frames: Any, open_segment: Callable[[int, int, int], Any] | None) -> Frames:
+    if mark.code != _EXT_FRAMES or len(mark.data) < 4:
         raise RemoteProtocolError(f"extension {mark.code} is not a payload")
-    wanted = int.from_bytes(mark.data, "little")
-    taken = list(itertools.islice(frames, wanted))
-    if len(taken) < wanted or not taken:
+    wanted = int.from_bytes(mark.data[:4], "little")
+    entries = unpack_entries(mark.data[4:], wanted)
+    if entries is None or (entries and open_segment is None):
+        raise RemoteProtocolError("a payload in files that this peer cannot have")
+    taken = list(itertools.islice(frames, wanted - len(entries)))
+    if len(taken) < wanted - len(entries) or not wanted:
         raise RemoteProtocolError("a payload without its frames")
+    for index, writer, number, size_bytes in entries:
+        taken.insert(index, open_segment(writer, number, size_bytes))  # type: ignore[misc]
     return Frames(taken)

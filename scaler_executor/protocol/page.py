@@ -86,7 +86,8 @@ def slot(seq: int) -> int:
 
 
 #: Head of a record in the result pipe: body length in bytes, seq, item, number of frames, kind. With frames the body
-#: begins with the length of each of them as an unsigned 64-bit word; frame 0 is the pickle.
+#: begins with the length of each of them as an unsigned 64-bit word; frame 0 is the pickle. A frame whose length has
+#: the mark of `segment` says in which file it is.
 RECORD: Final = Struct("<QQIHBx")
 RECORD_BYTES: Final = RECORD.size
 

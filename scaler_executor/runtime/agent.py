@@ -34,6 +34,7 @@ from scaler_executor.runtime import log, platform
 from scaler_executor.runtime.last_words import fault_of, stderr_of
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.pipe import WorkerResults
+from scaler_executor.runtime.segments import SegmentStore, StoredSegment
 from scaler_executor.runtime.transport import StreamWriter
 
 #: Read from one worker before the others have their turn. More than a pipe holds, so that a ring is never missed.
@@ -45,9 +46,15 @@ MAX_LOST_FORKERS: Final = 5
 
 
 class WorkerHandle:
-    """This side's ends of one worker."""
+    """This side's ends of one worker.
 
-    def __init__(self, worker_id: int, pid: int, fds: list[int]) -> None:
+    Args:
+        worker_id, pid: Which.
+        fds: Of call pair, result pipe, page, and the process.
+        store: Where its large results are; None: nowhere.
+    """
+
+    def __init__(self, worker_id: int, pid: int, fds: list[int], store: SegmentStore | None) -> None:
         call_fd, pipe_fd, page_fd, self.pidfd = fds
         self.worker_id = worker_id
         self.pid = pid
@@ -56,7 +63,10 @@ class WorkerHandle:
         self.writer = StreamWriter(self.socket)
         self.page = platform.map_page(page_fd)
         os.close(page_fd)
-        self.results = WorkerResults(pipe_fd, self.page)
+        self._store = store
+        #: Of the files that it has written, the last one that we have heard of.
+        self._last_segment = 0
+        self.results = WorkerResults(pipe_fd, self.page, self._take_segment if store is not None else None)
         #: Told to exit once everything is written.
         self.retired = False
         #: Its pipe is watched, because a record is only half here.
@@ -64,7 +74,18 @@ class WorkerHandle:
         #: Why we had it killed, if we had.
         self.killed_for = ""
 
+    def _take_segment(self, writer: int, number: int, size_bytes: int) -> StoredSegment:
+        """Take over a file that a record names."""
+        if writer != self.worker_id or not size_bytes:
+            raise RemoteProtocolError(f"a record with file {number} of writer {writer}")
+        self._last_segment = max(self._last_segment, number)
+        assert self._store is not None
+        return self._store.take(writer, number, size_bytes)
+
     def close(self) -> None:
+        """Let go of everything. The worker is dead and its results are read."""
+        if self._store is not None:
+            self._store.remove_unheard(self.worker_id, self._last_segment)
         self.socket.close()
         self.results.close()
         platform.unmap_page(self.page)
@@ -84,6 +105,7 @@ class AgentRuntime:
         restart_forker: Starts another forker and returns its control socket, or None if there can be none.
         is_ending: Tells whether the end of everything is on its way, so that no other forker is wanted.
         on_drained: Called when nothing is left after `drain`.
+        store: Where workers put large results; None: nowhere.
     """
 
     def __init__(
@@ -98,8 +120,10 @@ class AgentRuntime:
         restart_forker: Callable[[], socket.socket | None],
         is_ending: Callable[[], bool],
         on_drained: Callable[[], None],
+        store: SegmentStore | None = None,
     ) -> None:
         self._state = state
+        self._store = store
         self._loop = loop
         self._send = send
         self._upstream_bytes = upstream_bytes
@@ -345,7 +369,7 @@ class AgentRuntime:
         if isinstance(message, WorkerForked):
             self._lost_forkers = 0
             self._ordered.discard(message.worker_id)
-            handle = self._workers[message.worker_id] = WorkerHandle(message.worker_id, message.pid, fds)
+            handle = self._workers[message.worker_id] = WorkerHandle(message.worker_id, message.pid, fds, self._store)
             self.handle(protocol.Forked(message.worker_id, message.pid))
             if handle.page[RANG] and not self._is_held_up:
                 self._read(handle)  # it rang, and the bell was heard, before this end of it was here

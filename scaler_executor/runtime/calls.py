@@ -21,20 +21,30 @@ from enum import IntEnum
 from types import FunctionType
 from typing import Any, Final
 
-from scaler_executor.errors import RemoteError
-from scaler_executor.protocol.codec import INLINE_BYTES, LocalProtocolError
+from scaler_executor.errors import RemoteError, ResultTooLargeError, TaskTooLargeError
+from scaler_executor.protocol.codec import INLINE_BYTES, MAX_PAYLOAD_BYTES, LocalProtocolError
 from scaler_executor.protocol.messages import Frames, Payload
 from scaler_executor.protocol.page import FLOATS, INTEGERS
+from scaler_executor.protocol.segment import Segment
 from scaler_executor.runtime.namespace_names import Names, finds_by_name
 from scaler_executor.runtime.namespace_pickles import dumps_by_name
+from scaler_executor.runtime.segments import SegmentStore, copied, mapped, place
 
 PROTOCOL: Final = 5
 #: Values of exactly these types hold no reference to anything mutable, and pickle without running code of the user's.
 PLAIN_TYPES: Final = frozenset({int, float, str, bytes, bool, type(None)})
 
+#: Whose content, where it is large, a pickler writes to a file as it is.
+BULK_TYPES: Final = frozenset({bytes, bytearray, str})
+
 #: How a range begins that has no pickles.
 WORDS: Final = (INTEGERS, FLOATS)
 _MAX_BUFFERS: Final = 1024
+#: A larger pickle is searched for names only if its value can have any.
+_SEARCHED_BYTES: Final = 1 << 10
+#: `is_bulky` looks no further.
+_MAX_LOOKED_AT: Final = 16
+_FRAME_OPCODE: Final = 0x95
 _dumps = pickle.dumps
 _loads = pickle.loads
 
@@ -54,11 +64,24 @@ class CallPickler:
         main: Decides what of `__main__` travels by name.
         copy_buffers: Whether out-of-band buffers are copied, as they must be unless the payload is written before
         anybody can change them.
+        store: Takes large buffers; may be set later.
+        too_large: Raised for what is larger than `max_bytes`, which the store has not taken.
     """
 
-    def __init__(self, main: Names, *, copy_buffers: bool = True) -> None:
+    def __init__(
+        self,
+        main: Names,
+        *,
+        copy_buffers: bool = True,
+        store: SegmentStore | None = None,
+        too_large: type[TaskTooLargeError | ResultTooLargeError] = TaskTooLargeError,
+        max_bytes: int = MAX_PAYLOAD_BYTES,
+    ) -> None:
         self._main = main
         self._copy_buffers = copy_buffers
+        self.store = store
+        self._too_large = too_large
+        self._max_bytes = max_bytes
 
     def dumps(self, value: Any, names: set[str] | None = None) -> Payload:
         """Return the payload of any value.
@@ -70,19 +93,13 @@ class CallPickler:
         Raises:
             Exception: What pickle raises: PicklingError, TypeError, AttributeError, or whatever the value's own methods
             raise.
+            TaskTooLargeError, ResultTooLargeError: It is too large.
         """
-        data = self.dumps_small(value)
+        data = None if is_bulky(value) else self.dumps_small(value)
         if data is not None:
             return data
-        buffers: list[Any] = []
-
-        def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
-            return not self._place(buffer, buffers)
-
-        data = self._dumps(value, keep_in_band, buffers, names)
-        if buffers or len(data) > INLINE_BYTES:
-            return Frames([data, *buffers])
-        return data
+        parts = self._dumps_parts(value, names)
+        return self._payload(parts[0]) if len(parts) == 1 else self._frames(parts)
 
     def dumps_small(self, value: Any) -> bytes | None:
         """Return the payload of a value that is small and pickles without further ado, None of others.
@@ -94,7 +111,12 @@ class CallPickler:
             data = _dumps(value, PROTOCOL, buffer_callback=_refuse_large)
         except Exception:
             return None
-        return data if len(data) <= INLINE_BYTES and not _is_special(data) else None
+        if len(data) > INLINE_BYTES:
+            return None
+        # A search takes longer than the pickling, where there is much to search.
+        if len(data) > _SEARCHED_BYTES and _names_nothing(value):
+            return data
+        return None if _is_special(data) else data
 
     def dumps_in_band(self, value: Any, names: set[str] | None = None) -> bytes:
         """Return one pickle of any size; `names` and errors as `dumps`."""
@@ -122,25 +144,23 @@ class CallPickler:
         values: list[Any] = [item[0] for item in items if len(item) == 1]
         if len(values) == len(items):
             if _are_plain(values):
-                return _as_payload(_dumps((int(RunForm.PLAIN_SINGLE), values), PROTOCOL))
+                return self._payload(_dumps((int(RunForm.PLAIN_SINGLE), values), PROTOCOL))
         elif all(PLAIN_TYPES.issuperset(map(type, item)) for item in items):
-            return _as_payload(_dumps((int(RunForm.PLAIN), items), PROTOCOL))
+            return self._payload(_dumps((int(RunForm.PLAIN), items), PROTOCOL))
         pickled: list[tuple[bytes, int]] = []
         buffers: list[Any] = []
         for item in items:
             try:
-                payload = self.dumps(item, names)
+                small = self.dumps_small(item)
+                first, *others = [small] if small is not None else self._dumps_parts(item, names)
             except Exception as error:
                 self._name_culprit(error, [(f"argument {index}", part) for index, part in enumerate(item)])
                 pickled.append((_dumps_exception(self, error, trace=""), -1))
                 continue
-            if isinstance(payload, Frames):
-                pickled.append((payload.buffers[0], len(payload.buffers) - 1))
-                buffers += payload.buffers[1:]
-            else:
-                pickled.append((payload, 0))
+            pickled.append((b"".join(first) if isinstance(first, list) else first, len(others)))
+            buffers += others
         data = _dumps((int(RunForm.PICKLED), pickled), PROTOCOL)
-        return Frames([data, *buffers]) if buffers else _as_payload(data)
+        return self._frames([data, *buffers]) if buffers else self._payload(data)
 
     def dumps_function(self, function: Any, names: set[str] | None = None) -> Payload:
         """Return the payload of a callable; as `dumps`, and an error names it."""
@@ -166,13 +186,54 @@ class CallPickler:
         buffers.clear()
         return dumps_by_name(value, keep_in_band, buffers, self._main, set() if names is None else names)
 
-    def _place(self, buffer: pickle.PickleBuffer, buffers: list[Any]) -> bool:
-        """Put a large buffer out of band. Return False if it is to stand in the pickle."""
-        view = _large_view(buffer)
-        if view is None or len(buffers) >= _MAX_BUFFERS:
+    def _dumps_parts(self, value: Any, names: set[str] | None) -> list[Any]:
+        """Return the pickle of a value that may be large, and its out-of-band buffers as views.
+
+        The pickle is a list of its parts if it has several: large bytes and strings are not copied together.
+        """
+        views: list[Any] = []
+
+        def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+            view = _large_view(buffer)
+            if view is None or len(views) >= _MAX_BUFFERS:
+                return True
+            views.append(view)
             return False
-        buffers.append(bytes(view) if self._copy_buffers else view)
-        return True
+
+        chunks: list[Any] = []
+        try:
+            pickle.Pickler(_ChunkFile(chunks), PROTOCOL, buffer_callback=keep_in_band).dump(value)
+            if not any(map(_is_special_chunk, chunks)):
+                return [chunks[0] if len(chunks) == 1 else chunks, *views]
+        except Exception:
+            pass  # a lambda, say; what refuses it in the end says why
+        _release(views)
+        try:
+            data = dumps_by_name(value, keep_in_band, views, self._main, set() if names is None else names)
+        except BaseException:
+            _release(views)
+            raise
+        return [data, *views]
+
+    def _payload(self, data: Any) -> Payload:
+        """Return the payload of one pickle, which may be a list of its parts."""
+        if isinstance(data, list):
+            if sum(map(len, data)) > INLINE_BYTES:
+                return self._frames([data])
+            data = b"".join(data)
+        return data if len(data) <= INLINE_BYTES else self._frames([data])
+
+    def _frames(self, parts: list[Any]) -> Frames:
+        try:
+            placed = place(self.store, parts)
+            size_bytes = sum(len(part) for part in placed if not isinstance(part, Segment))
+            if size_bytes > self._max_bytes:
+                raise self._too_large(size_bytes, self._max_bytes)
+            return Frames(copied(placed) if self._copy_buffers else placed)
+        except BaseException:
+            placed = []
+            _release(parts)
+            raise
 
     def _name_culprit(self, error: Exception, parts: list[tuple[str, Any]]) -> None:
         """Say in `error` which of the named parts does not pickle, and where in it."""
@@ -190,15 +251,64 @@ class CallPickler:
 
     def _pickles(self, value: Any) -> bool:
         try:
-            self.dumps(value)
+            self._dumps_parts(value, None)
         except Exception:
             return False
         return True
 
 
+def _release(views: list[Any]) -> None:
+    """Let go of views of the user's memory, of which an error's traceback would keep this list: where the memory is a
+    memoryview's itself, Python before 3.13 cannot collect the two as parts of a cycle, and crashes."""
+    for view in views:
+        if type(view) is memoryview:
+            view.release()
+    views.clear()
+
+
 def _is_special(data: bytes) -> bool:
     """Tell whether a pickle may name what C pickle alone does not do right: see `namespace_pickles`."""
     return b"__main__" in data or b"multiprocessing." in data
+
+
+def _names_nothing(value: Any, depth: int = 2) -> bool:
+    """Tell whether a value is made of plain ones, seen at a glance."""
+    kind = type(value)
+    if kind in PLAIN_TYPES:
+        return True
+    if kind is tuple:
+        return depth > 0 and len(value) <= _MAX_LOOKED_AT and all(_names_nothing(part, depth - 1) for part in value)
+    return kind is dict and not value
+
+
+def _is_special_chunk(chunk: Any) -> bool:
+    """As `_is_special`, of what `_ChunkFile` got. A string or the like of the value's, which is written by itself, is
+    not the pickler's own."""
+    is_content = type(chunk) is not bytes or (len(chunk) > 2 * INLINE_BYTES and chunk[0] != _FRAME_OPCODE)
+    return not is_content and _is_special(chunk)
+
+
+def is_bulky(value: Any, depth: int = 2) -> bool:
+    """Tell whether a value has something large near its top that C pickle would copy into the pickle."""
+    kind = type(value)
+    if kind in BULK_TYPES:
+        return len(value) > INLINE_BYTES
+    if depth and kind in (tuple, list, dict) and len(value) <= _MAX_LOOKED_AT:
+        return any(is_bulky(part, depth - 1) for part in (value.values() if kind is dict else value))
+    return False
+
+
+class _ChunkFile:
+    """Collects what a pickler writes."""
+
+    __slots__ = ("_chunks",)
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self._chunks = chunks
+
+    def write(self, chunk: Any) -> None:
+        """Take a part of the pickle: the pickler's own bytes, or content as it is."""
+        self._chunks.append(chunk.raw() if type(chunk) is pickle.PickleBuffer else chunk)
 
 
 class _LargeBufferFound(Exception):
@@ -338,7 +448,7 @@ def loads_value(payload: Payload) -> Any:
     """Return the value of a payload; raises what its unpickling raises."""
     if isinstance(payload, bytes):
         return _loads(payload)
-    pickled, *buffers = payload.buffers
+    pickled, *buffers = mapped(payload.buffers)
     return _loads(pickled, buffers=buffers)
 
 
@@ -385,7 +495,7 @@ def _pickle_end(data: bytes, at: int) -> int:
     or longer than 64 KB (such a result is sent in frames of its own and is never among several). Unframed are an
     opcode and STOP, or two opcodes or an opcode with one byte of argument and STOP.
     """
-    if data[at + 2] == 0x95:  # FRAME
+    if data[at + 2] == _FRAME_OPCODE:
         return at + 11 + int(_FRAME.unpack_from(data, at + 3)[0])
     if data[at + 3] == 0x2E and data[at + 2] not in (0x4B, 0x82):  # STOP, and not the argument of BININT1 or EXT1
         return at + 4
@@ -408,7 +518,7 @@ def load_run(payload: Payload) -> tuple[RunForm, list[Any]]:
         form, items = _loads(payload)
         return RunForm(form), items
     pickled, *buffers = payload.buffers
-    form, items = _loads(pickled)
+    form, items = loads_value(Frames([pickled]))
     if form == RunForm.PICKLED:
         waiting = iter(buffers)
         items = [(data, [next(waiting) for _ in range(count)] if count > 0 else count) for data, count in items]
@@ -420,4 +530,4 @@ def load_item(item: tuple[bytes, Any]) -> tuple[Any, ...]:
     data, buffers = item
     if buffers == -1:
         raise loads_exception(data)
-    return _loads(data, buffers=buffers or ())  # type: ignore[no-any-return]
+    return _loads(data, buffers=mapped(buffers) if buffers else ())  # type: ignore[no-any-return]

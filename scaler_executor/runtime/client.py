@@ -171,7 +171,7 @@ class ClientFutureManager:
         self._io_lock = threading.RLock()
         self._state = ClientState(may_lose_scheduler=cluster.may_be_renewed)
         self._outbox = Outbox(cluster.socket, counts=cluster.max_unsent_bytes is not None)
-        self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage)
+        self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage, self._take_segment)
         self._reader = StreamReader(cluster.socket)
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])
@@ -205,6 +205,8 @@ class ClientFutureManager:
         #: The thread of `_replace_inherited`; whether that is left to whoever waits for the end; and for them: that
         #: this, or the end, has come.
         self._definitions_thread: threading.Thread | None = None
+        #: What it has made: workers are sent that for good.
+        self._replaced: tuple[Definition, ...] = ()
         self._has_errand = False
         self._may_join = threading.Event()
         self._owner: Any = None
@@ -259,6 +261,7 @@ class ClientFutureManager:
                 try:
                     self._is_starting = True
                     setup = self._cluster.start()
+                    self.pickler.store = self._cluster.store
                     if setup is not None:
                         with self._lock:
                             self._functions.set_up(setup)
@@ -324,6 +327,8 @@ class ClientFutureManager:
                     if terms.parent is not None:
                         future._terms = terms
                     self._futures[no] = future
+                    if type(payload) is not bytes:
+                        self._outstanding.keep(no, payload)
                     self._batch.tasks.append((no, 1, function_id, payload))  # type: ignore[arg-type]
                     break
             needs = self._main.needs(names)  # what workers inherited was lost meanwhile
@@ -369,6 +374,8 @@ class ClientFutureManager:
                 function_id = self._register(prepared, needs, terms)
             no = run.task_no = self._take_numbers(items)
             self._runs[no] = run
+            if type(payload) is not bytes:
+                self._outstanding.keep(no, payload)
             self._batch.tasks.append((no, items, function_id, payload))  # type: ignore[arg-type]
         if self._asleep:
             self._wake()
@@ -652,6 +659,7 @@ class ClientFutureManager:
         if forgotten:
             self._batch.forget += forgotten
             self._live_functions.difference_update(forgotten)
+            self._outstanding.keep_for_all(self._functions.take_retired())
         return function_id
 
     def _take_numbers(self, count: int) -> int:
@@ -868,6 +876,13 @@ class ClientFutureManager:
             else:
                 unreachable(instruction)
 
+    def _take_segment(self, writer: int, number: int, size_bytes: int) -> Any:
+        """Map a result that stands in a file."""
+        store = self._cluster.store
+        if store is None:
+            raise RemoteProtocolError("a result in a file, which this client cannot have")
+        return store.take_mapped(writer, number, size_bytes)
+
     def _on_renewed(self) -> None:
         """Begin anew with a scheduler that knows no function."""
         with self._lock:
@@ -889,6 +904,7 @@ class ClientFutureManager:
             forgotten = self._functions.forget_main()
             self._batch.forget += forgotten
             self._live_functions.difference_update(forgotten)
+            self._outstanding.keep_for_all(self._functions.take_retired())
         log.warn("client", "%s; functions and classes of __main__ are sent from now on", reason)
         # In a thread of its own, since pickling runs user code; the callback thread may be blocked by a callback that
         # waits for the very calls that wait for this.
@@ -914,6 +930,7 @@ class ClientFutureManager:
     def _answer_disinherited(self, definitions: tuple[Definition, ...]) -> None:
         style = int(CallStyle.DEFINITION)
         with self._lock:
+            self._replaced = definitions
             self._batch.definitions = [
                 Function(0, definition.name, definition.payload, style, version=definition.version)  # type: ignore[arg-type]
                 for definition in definitions

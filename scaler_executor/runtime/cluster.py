@@ -28,6 +28,7 @@ from scaler_executor.runtime import platform, spawning, surroundings
 
 if TYPE_CHECKING:
     from scaler_executor.runtime.namespace import MainDefinitions
+    from scaler_executor.runtime.segments import SegmentDirectory, SegmentStore
 
 #: What the fresh interpreter runs. It imports while this process goes on and its configuration is yet to come. The
 #: standard library comes before PYTHONPATH, and the program's own directory not at all, so that a user's `ctypes.py` or
@@ -105,6 +106,8 @@ class Cluster:
         self.may_be_renewed = False
         #: Whether a client's thread waits for the end: whoever made it does not, then.
         self.has_owner = False
+        #: Where large payloads go; None: with their messages.
+        self.store: SegmentStore | None = None
         self.death_fd = -1
 
     def _start_process(self, module: str, *, has_control: bool) -> dict[str, Any]:
@@ -119,6 +122,8 @@ class Cluster:
         try:
             self.socket, their_socket = socket.socketpair()
             theirs.append(their_socket)
+            for end in (self.socket, their_socket):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, platform.SEND_BUFFER_BYTES)
             self._config_socket, their_config = socket.socketpair()
             theirs.append(their_config)
             if has_control:
@@ -212,6 +217,8 @@ class EmbeddedCluster(Cluster):
         cancel_grace_s: float,
     ) -> None:
         super().__init__(initializer, initargs)
+        #: Where `store` is; both are None until `start`, and where there is no shared memory.
+        self._segments: SegmentDirectory | None = None
         self._forker_pid: int | None = None
         #: Held by `start`, and by `join` when it says that it is too late for that. Reentrant, for signal handlers.
         self._lock = threading.RLock()
@@ -238,6 +245,7 @@ class EmbeddedCluster(Cluster):
         then is taken for it."""
         _check_library()
         import scaler_executor.runtime.identity
+        import scaler_executor.runtime.segments
         from scaler_executor.runtime.namespace import MainDefinitions
 
         self.main = MainDefinitions()
@@ -267,8 +275,12 @@ class EmbeddedCluster(Cluster):
             inherited_main = snapshot()
             self.main.inherit(inherited_main)
         from scaler_executor.runtime.identity import authkey
+        from scaler_executor.runtime.segments import SegmentDirectory
 
         key = authkey()
+        if self._segments is None:
+            self._segments = SegmentDirectory.create()
+        segments_path = self._segments.path if self._segments is not None else None
         environment = dict(os.environ)
         must_begin_again = self._control is None and (
             _looked_at_start(environment) != _looked_at_start(self._environment)
@@ -287,6 +299,7 @@ class EmbeddedCluster(Cluster):
             "definitions": [],
             "descriptors": 0,
             "has_tracker": False,
+            "segments_path": segments_path,
         }
         descriptors: list[int] = []
         if self._control is None:
@@ -304,7 +317,7 @@ class EmbeddedCluster(Cluster):
             data = frame({"begin_again_with": variables}) + data
         try:
             if self._control is not None:
-                self._fork_forker(inherited_main, key)
+                self._fork_forker(inherited_main, key, segments_path)
             self._config_socket.sendall(data)
             if descriptors:
                 socket.send_fds(self._config_socket, [b"d"], descriptors)
@@ -314,8 +327,10 @@ class EmbeddedCluster(Cluster):
             self.kill()  # what is half done cannot be done again
             raise
         self._config_socket.close()
+        if self._segments is not None:
+            self.store = self.main.store = self._segments.store()
 
-    def _fork_forker(self, inherited_main: dict[str, Any], key: bytes) -> None:
+    def _fork_forker(self, inherited_main: dict[str, Any], key: bytes, segments_path: str | None) -> None:
         from scaler_executor.runtime.forker_start import fork_forker
         from scaler_executor.runtime.identity import Identity
         from scaler_executor.runtime.worker_config import WorkerConfig
@@ -330,6 +345,7 @@ class EmbeddedCluster(Cluster):
                 signal_handlers=_signal_handlers(),
                 blocked_signals=_blocked_signals(),
                 identity=Identity(parent_pid=os.getpid(), authkey=key),
+                segments_path=segments_path,
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])
@@ -345,12 +361,20 @@ class EmbeddedCluster(Cluster):
         if self._forker_pid is not None:
             reap(self._forker_pid)
             self._forker_pid = None
+        if self._segments is not None:
+            self._segments.remove()
         self.close()
         if status is None:
             return "the scheduler process has ended"
         if status < 0:
             return f"the scheduler process was killed by signal {-status}"
         return f"the scheduler process exited with code {status}"
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        super().close()
+        if self._segments is not None:
+            self._segments.close()
 
     def kill(self) -> None:
         """Kill serve, at whose end the forker kills the workers."""

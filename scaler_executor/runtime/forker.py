@@ -45,6 +45,7 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.protocol.page import CURRENT, DONE, HEARD, INTERRUPT, ITEM, STOP, slot
 from scaler_executor.runtime import cgroups, platform
 from scaler_executor.runtime.last_words import show_fault
+from scaler_executor.runtime.segments import remove_abandoned
 from scaler_executor.runtime.worker import worker_main
 from scaler_executor.runtime.worker_config import NUDGE, WorkerConfig
 
@@ -57,6 +58,8 @@ SPIN_S: Final = 0.0002
 NUDGE_PAUSES_S: Final = tuple(0.005 * 2**number for number in range(8))
 #: How long the workers' groups may take to die when the forker itself is to end.
 END_DEADLINE_S: Final = 2.0
+#: So long the client may take to remove the files of large payloads, or to die.
+LEFT_BEHIND_S: Final = 10
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToForkerMessage).decode
@@ -200,6 +203,7 @@ class Forker:
         pid = 0
         try:
             here, there = socket.socketpair()
+            here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, platform.SEND_BUFFER_BYTES)
             opened += [here.detach(), there.detach()]
             opened += os.pipe()
             opened.append(platform.create_page())
@@ -257,6 +261,7 @@ class Forker:
                 platform.unmap_page(worker.page)
             call_fd, pipe_fd, page_fd, bell_fd = map(platform.move_away, (call_fd, pipe_fd, page_fd, self._bell_fd))
             self._config.identity.name = f"ScalerWorker-{worker_id}"
+            self._config.worker_id = worker_id
             bell = platform.Bell.for_ringing(bell_fd)
             worker_main(socket.socket(fileno=call_fd), pipe_fd, page, page_fd, bell, self._config)
         except BaseException as error:
@@ -513,6 +518,12 @@ class Forker:
                         break
                     # What it forked between the two signals above is in its group still.
                     platform.signal_group(worker.pidfd, worker.pid, signal.SIGKILL)
+            path = self._config.segments_path
+            if path is not None and not remove_abandoned(path) and not os.fork():
+                # Somebody who kills us all may not have come to the client yet, and it may take some time to die. If it
+                # does not die, it removes this itself.
+                signal.alarm(LEFT_BEHIND_S)
+                remove_abandoned(path, waits=True)
         finally:
             os._exit(0)
 

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from scaler_executor.protocol.messages import CallStyle, Function, Payload
 from scaler_executor.runtime.calls import CallPickler, name_of
 from scaler_executor.runtime.namespace import NO_NEEDS, Definition, MainDefinitions, Needs
+from scaler_executor.runtime.segments import holds_segments
 from scaler_executor.runtime.terms import NO_OPTIONS, KnownCalls, Terms
 
 MAX_FUNCTIONS: Final = 512
@@ -42,18 +43,28 @@ class KnownFunction:
         "is_known",
         "name",
         "needs",
+        "payload",
         "size_bytes",
         "was_used",
     )
 
     def __init__(
-        self, function: Any, function_id: int, name: str, size_bytes: int, needs: Needs, calls: KnownCalls
+        self,
+        function: Any,
+        function_id: int,
+        name: str,
+        size_bytes: int,
+        needs: Needs,
+        calls: KnownCalls,
+        payload: Payload | None,
     ) -> None:
         #: Kept alive, since its id() is the key; None where the key is a blob.
         self.function = function
         self.function_id = function_id
         self.name = name
         self.size_bytes = size_bytes
+        #: Kept alive where it has parts in files; else None.
+        self.payload = payload
         #: The definitions that were current when it was registered.
         self.needs = needs
         #: With what it was registered, which stays the same object as long as this does.
@@ -104,6 +115,10 @@ class FunctionTable:
         #: {name: the newest definition that is known}. Entries that need an older one are dropped.
         self._newest: dict[str, Definition] = {}
         self._total_bytes = 0
+        #: Key of the last function of style CALL that was too large to be known by its pickle.
+        self._passing: Any = None
+        #: See `take_retired`.
+        self._retired: list[Any] = []
         self._last_id = 0
         #: What workers do first, and its id once it is registered; None: nothing.
         self._setup: Payload | None = None
@@ -175,10 +190,17 @@ class FunctionTable:
         ids += [self._define(definition, key, messages, forgotten) for definition in definitions]
         self._last_id += 1
         name = terms.name or name
-        entry = self._entries[key] = KnownFunction(function, self._last_id, name, len(blob), needs, terms.calls)
+        kept = blob if holds_segments(blob) else None
+        entry = KnownFunction(function, self._last_id, name, len(blob), needs, terms.calls, kept)
+        self._entries[key] = entry
         if function is not None and style is CallStyle.CALL:
             terms.calls[id(function)] = entry
         self._total_bytes += entry.size_bytes
+        if type(key) is object and style is CallStyle.CALL:
+            # Never found again. Not before the next one: that may need the same definitions.
+            if self._passing in self._entries:
+                forgotten += self._drop(self._passing)
+            self._passing = key
         forgotten += self._evict()
         entry.was_used = False  # it was True for the eviction, which thus could not take it
         messages.append(Function(entry.function_id, name, blob, int(style), terms.options, ids))  # type: ignore[arg-type]
@@ -234,6 +256,8 @@ class FunctionTable:
         if entry.function is not None and entry.calls.get(id(entry.function)) is entry:
             del entry.calls[id(entry.function)]
         self._total_bytes -= entry.size_bytes
+        if entry.payload is not None:
+            self._retired.append(entry.payload)
         forgotten = [entry.function_id]
         for definition in entry.needs.definitions:
             known, keys = self._definitions[definition]
@@ -241,8 +265,16 @@ class FunctionTable:
             if not keys:
                 del self._definitions[definition]
                 self._total_bytes -= len(definition.payload)
+                if holds_segments(definition.payload):
+                    self._retired.append(definition)
                 forgotten.append(known)
         return forgotten
+
+    def take_retired(self) -> list[Any]:
+        """Return what keeps the files of functions that were forgotten since the last time: calls that were made before
+        may still need them."""
+        retired, self._retired = self._retired, []
+        return retired
 
     def _evict(self) -> list[int]:
         """Forget functions beyond the limits, those that were not used since the last time first. Return the ids."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import socket
 
     from scaler_executor.runtime.namespace import MainDefinitions
+    from scaler_executor.runtime.segments import SegmentStore
     from scaler_executor.runtime.terms import Terms
 
 
@@ -28,6 +29,8 @@ class Cluster(Protocol):
     may_be_renewed: bool
     #: Whether a client's thread waits for its end.
     has_owner: bool
+    #: Where large payloads go, once it is started; None: they travel.
+    store: SegmentStore | None
 
     def start(self) -> Payload | None:
         """Have workers started from now on. Called once, unless it raises. Return what they do before the first call,

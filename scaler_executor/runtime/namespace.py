@@ -43,6 +43,7 @@ from scaler_executor.protocol.messages import Frames, Payload
 from scaler_executor.runtime.namespace_making import Unsendable
 from scaler_executor.runtime.namespace_names import Names, find_in, main_dict, names_reached
 from scaler_executor.runtime.namespace_pickles import PROTOCOL, dumps_by_name
+from scaler_executor.runtime.segments import SegmentStore, copied, place
 
 #: The content of larger definitions is not compared: they are sent again when another object is bound to the name.
 MAX_COMPARED_BYTES: Final = 1 << 14
@@ -105,6 +106,8 @@ class MainDefinitions:
     def __init__(self) -> None:
         #: {name: object}, what workers inherit, see `_hold`.
         self._inherited: dict[str, Any] = {}
+        #: Takes large buffers; set once there is one.
+        self.store: SegmentStore | None = None
         #: How often that was lost.
         self.generation = 0
         #: Names that were asked for while there was an inheritance. Added to under `_lock`.
@@ -219,7 +222,7 @@ class MainDefinitions:
             payload = b"\x80\x05c__main__\n%b\n." % owner.encode()  # PROTO 5, GLOBAL, STOP
         else:
             try:
-                payload = _dumps_definition(name, value, self, names)
+                payload = _dumps_definition(name, value, self, names, self.store)
             except Exception as error:
                 if known is not None and is_same and not known.failures:
                     return known  # another thread is changing it: better as it was than not at all
@@ -306,7 +309,7 @@ def _is_same_part(before: Any, now: Any) -> bool:
     return before is now or _is_same(before, now)
 
 
-def _dumps_definition(name: str, value: Any, policy: Names, names: set[str]) -> Payload:
+def _dumps_definition(name: str, value: Any, policy: Names, names: set[str], store: SegmentStore | None) -> Payload:
     buffers: list[Any] = []
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -316,7 +319,7 @@ def _dumps_definition(name: str, value: Any, policy: Names, names: set[str]) -> 
             return True
         if len(view) <= MAX_COMPARED_BYTES:
             return True
-        buffers.append(bytes(view))
+        buffers.append(view)
         return False
 
     try:
@@ -326,6 +329,8 @@ def _dumps_definition(name: str, value: Any, policy: Names, names: set[str]) -> 
             raise
         # "changed size during iteration": another thread fills it. A copy is made in one step.
         buffers.clear()
-        copied = value.copy()
-        data = dumps_by_name(copied, keep_in_band, buffers, policy, names, (name, copied))
-    return Frames([data, *buffers]) if buffers or len(data) > MAX_COMPARED_BYTES else data
+        taken = value.copy()
+        data = dumps_by_name(taken, keep_in_band, buffers, policy, names, (name, taken))
+    if not buffers and len(data) <= MAX_COMPARED_BYTES:
+        return data
+    return Frames(copied(place(store, [data, *buffers])))

@@ -77,7 +77,7 @@ def dumps_by_name(
             ByNamePickler(file, buffer_callback, policy, names, defined).dump(value)
             return file.getvalue()
     except Exception as error:
-        refused = error
+        refused: Exception | None = error
     buffers.clear()
     try:
         with io.BytesIO() as file:
@@ -86,10 +86,15 @@ def dumps_by_name(
     except ImportError:
         if isinstance(refused, NeedsCloudpickle):
             raise pickle.PicklingError("cloudpickle is not installed") from None
+        assert refused is not None
         raise refused from None
     except Exception as error:
         # cloudpickle refuses less: what it names is the real obstacle. C pickle may have stopped at a mere lambda.
         raise error from None
+    finally:
+        refused = (
+            None  # or its traceback would keep the callers' frames, and what they pickle, until the collector comes
+        )
 
 
 class ByNamePickler(pickle.Pickler):

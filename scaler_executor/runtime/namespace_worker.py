@@ -13,6 +13,7 @@ from typing import Any, Final
 from scaler_executor.protocol.messages import Frames, Payload
 from scaler_executor.runtime.namespace_making import Unsendable
 from scaler_executor.runtime.namespace_names import find_in, main_dict
+from scaler_executor.runtime.segments import mapped
 
 _ABSENT: Final = object()
 
@@ -142,7 +143,7 @@ class _DefinitionUnpickler(pickle.Unpickler):
     """Resolves pending names where it comes to them, so that their order does not matter."""
 
     def __init__(self, main: WorkerMain, payload: Payload, name: str, version: int) -> None:
-        data, *buffers = payload.buffers if isinstance(payload, Frames) else [payload]
+        data, *buffers = mapped(payload.buffers) if isinstance(payload, Frames) else [payload]
         super().__init__(io.BytesIO(data), buffers=buffers)
         self._main = main
         self._name = name

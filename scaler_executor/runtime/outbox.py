@@ -92,5 +92,5 @@ class Outbox:
 
 
 def _payload_bytes(message: Message) -> int:
-    """Return what the payloads of a message's tasks take."""
+    """Return what the payloads of a message's tasks take. Where this counts, none has parts in files."""
     return sum([len(row[-1]) for row in message.tasks]) if isinstance(message, TaskSubmit) else 0  # type: ignore[arg-type,misc]

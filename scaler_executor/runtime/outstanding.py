@@ -5,15 +5,17 @@ Callers add to them under the client's lock; everything else here is for the I/O
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from scaler_executor.future import CancelOutcome, ScalerFuture
 from scaler_executor.protocol.client import REST, Cause
-from scaler_executor.protocol.messages import ClientResultRow, DeathReport, ResultKind
+from scaler_executor.protocol.messages import ClientResultRow, DeathReport, Payload, ResultKind
 from scaler_executor.runtime.interfaces import Run
 from scaler_executor.runtime.results import LOST
+from scaler_executor.runtime.segments import holds_segments
 from scaler_executor.runtime.terms import Terms
 
 
@@ -30,6 +32,9 @@ class Outstanding:
         #: {no: future}, {no: run}
         self.futures: dict[int, ScalerFuture[Any]] = {}
         self.runs: dict[int, Run] = {}
+        #: {no: what keeps files in shared memory that any attempt of this call or run may need}. Added to under the
+        #: client's lock, removed from by the I/O thread, and by whoever finds it too late for that.
+        self._kept: dict[int, list[Any]] = {}
         #: Whether any call is known to have started.
         self.has_begun = False
         #: Whether the user has killed the workers: then calls end with that, and not with the loss of the scheduler.
@@ -41,11 +46,34 @@ class Outstanding:
         runs = [run for run in self.runs.values() if run.terms is not None and run.terms.are_within(terms)]
         return futures, runs
 
+    def keep(self, no: int, payload: Payload) -> None:
+        """Keep the files that a payload names until the call or run has its final answer. Under the client's lock."""
+        if holds_segments(payload):
+            self._kept.setdefault(no, []).append(payload)
+
+    def keep_for_all(self, retired: list[Any]) -> None:
+        """Keep the files of functions that no later call names until those that may have named them are answered.
+        Under the client's lock."""
+        if not retired:
+            return
+        for no in [*self.futures, *self.runs]:
+            self._kept.setdefault(no, []).append(retired)
+            if no not in self.futures and no not in self.runs:
+                self._kept.pop(no, None)  # it was answered meanwhile
+
+    def _let_go(self, tasks: Iterable[int]) -> None:
+        """Let go of what was kept for those of the tasks that are answered."""
+        if self._kept:
+            for no in tasks:
+                if no not in self.runs:
+                    self._kept.pop(no, None)
+
     def finish(self, tasks: list[int]) -> None:
         """Forget what is over."""
         for no in tasks:
             self.futures.pop(no, None)
             self.runs.pop(no, None)
+        self._let_go(tasks)
 
     def deliver(self, results: list[ClientResultRow]) -> None:
         """Settle what has a result."""
@@ -60,6 +88,8 @@ class Outstanding:
                 run.set_items_ready(first, count, kind, payload)  # type: ignore[arg-type]
                 if run.is_over:
                     del self.runs[no]
+        if self._kept:
+            self._let_go([row[0] for row in results])
 
     def cancel(self, items: list[tuple[int, int, int, Cause]]) -> None:
         """Settle what ends cancelled."""
@@ -69,6 +99,7 @@ class Outstanding:
                 self.runs[no].set_items_cancelled(first, count)
             else:
                 future.set_cancel_confirmed(CancelOutcome[cause])
+                self._kept.pop(no, None)
 
     def refuse(self, tasks: list[int]) -> None:
         """Tell those whose cancels have failed."""
@@ -103,3 +134,4 @@ class Outstanding:
                     run.set_items_ready(REST, 0, ResultKind.DIED, killed)
                 elif run is not None:
                     run.set_items_ready(REST, 0, LOST, reason)
+        self._let_go(tasks)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import select
-from typing import Final, TypeAlias
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from scaler_executor.protocol.codec import FRAME_LENGTH, MAX_FRAMES, RemoteProtocolError
 from scaler_executor.protocol.messages import Frames
@@ -22,6 +23,7 @@ from scaler_executor.protocol.page import (
     RECORD_BYTES,
     RECORD_VALUES,
 )
+from scaler_executor.protocol.segment import SEGMENT_FRAME, SEGMENT_MARK
 from scaler_executor.runtime.platform import range_buffer
 from scaler_executor.runtime.transport import PartReader
 
@@ -35,12 +37,19 @@ Record: TypeAlias = tuple[int, int, int, "bytes | Frames"]
 
 
 class ResultPipe:
-    """Reads records from a nonblocking descriptor, which it owns."""
+    """Reads records from a nonblocking descriptor, which it owns.
 
-    __slots__ = ("_fd", "_large", "_large_head", "_tail")
+    Args:
+        fd: The descriptor.
+        take_segment: Takes over what the worker has put into a file: writer, number and size in bytes; None: it has
+            none.
+    """
 
-    def __init__(self, fd: int) -> None:
+    __slots__ = ("_fd", "_large", "_large_head", "_marks", "_tail", "_take_segment")
+
+    def __init__(self, fd: int, take_segment: Callable[[int, int, int], Any] | None = None) -> None:
         self._fd = fd
+        self._take_segment = take_segment
         os.set_blocking(fd, False)
         #: Bytes of a record that is not complete yet. Never more than a small record or the lengths of its frames.
         self._tail = b""
@@ -48,6 +57,8 @@ class ResultPipe:
         #: `_tail` is empty then.
         self._large: PartReader | None = None
         self._large_head = (0, 0, 0, 0)
+        #: Those of its frames that name files.
+        self._marks: list[int] = []
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -139,6 +150,10 @@ class ResultPipe:
             if first > end:
                 break
             lengths = [length for (length,) in FRAME_LENGTH.iter_unpack(data[start:first])] if frame_count else [size]
+            self._marks = []
+            if lengths and max(lengths) >= SEGMENT_MARK:
+                self._marks = [index for index, length in enumerate(lengths) if length >= SEGMENT_MARK]
+                lengths = [length & ~SEGMENT_MARK for length in lengths]
             if sum(lengths) != stop - first:
                 raise RemoteProtocolError(f"a record of {size} bytes with frames of {sum(lengths)}")
             large = PartReader(lengths)
@@ -152,7 +167,12 @@ class ResultPipe:
 
     def _finish_large(self, large: PartReader, records: list[Record]) -> None:
         kind, seq, item, frame_count = self._large_head
-        records.append((kind, seq, item, Frames(list(large.parts)) if frame_count else bytes(large.parts[0])))
+        parts: list[Any] = large.parts
+        for index in self._marks:
+            if self._take_segment is None or len(parts[index]) != SEGMENT_FRAME.size:
+                raise RemoteProtocolError("a record with a file that its worker cannot have")
+            parts[index] = self._take_segment(*SEGMENT_FRAME.unpack(parts[index]))
+        records.append((kind, seq, item, Frames(parts) if frame_count else bytes(parts[0])))
         self._large = None
 
 
@@ -162,12 +182,15 @@ class WorkerResults:
     Args:
         pipe_fd: The result pipe; owned from here on.
         page: The worker's page; not owned.
+        take_segment: As `ResultPipe`.
     """
 
     __slots__ = ("_page", "_pipe", "_range_buffer", "_taken")
 
-    def __init__(self, pipe_fd: int, page: memoryview) -> None:
-        self._pipe = ResultPipe(pipe_fd)
+    def __init__(
+        self, pipe_fd: int, page: memoryview, take_segment: Callable[[int, int, int], Any] | None = None
+    ) -> None:
+        self._pipe = ResultPipe(pipe_fd, take_segment)
         self._page = page
         self._range_buffer = range_buffer(page)
         #: What was taken from the range buffer before it came through the pipe: run, first item, items, bytes.

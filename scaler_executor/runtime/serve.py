@@ -19,31 +19,37 @@ from scaler_executor.protocol import agent as agent_protocol
 from scaler_executor.protocol import scheduler as scheduler_protocol
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
 from scaler_executor.protocol.messages import ClientMessage, Hello, Message
+from scaler_executor.protocol.segment import Segment
 from scaler_executor.runtime import cgroups, log, platform, surroundings
 from scaler_executor.runtime.agent import AgentRuntime
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.process import collect_rarely, raise_descriptor_limit
+from scaler_executor.runtime.segments import SegmentStore, remove_tree
 from scaler_executor.runtime.transport import StreamReader, StreamWriter
 
 AGENT: Final = 0
 CLIENT: Final = 1
+#: This process writes no files of large payloads.
+AGENT_WRITER: Final = -1
 #: Without its client everything ends within this, whatever initializers, threads that calls have left, or calls that
 #: defy their cancel still do.
 ORPHAN_END_S: Final = 1.5
 #: So long a forker may take to end its workers and itself.
 FORKER_END_S: Final = 3.0
+#: So long a client may take to end whose connection has ended.
+CLIENT_END_S: Final = 0.5
 
 
 class ClientPeer:
     """The connection to the client that started this process."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, has_segments: bool) -> None:
         sock.setblocking(False)
         self.socket = sock
         self.reader = StreamReader(sock)
         self.writer = StreamWriter(sock)
         self.encoder = Encoder()
-        self.decoder: Decoder[Any] = Decoder(ClientMessage)
+        self.decoder: Decoder[Any] = Decoder(ClientMessage, Segment if has_segments else None)
 
 
 class Server:
@@ -53,7 +59,7 @@ class Server:
         self._loop = Loop()
         self._config = config
         self._scheduler = scheduler_protocol.SchedulerState()
-        self._client: ClientPeer | None = ClientPeer(sock)
+        self._client: ClientPeer | None = ClientPeer(sock, has_segments=config["segments_path"] is not None)
         self._client_pidfd = client_pidfd
         #: When everything ends that is still there, or None while the client lives.
         self._end_by: float | None = None
@@ -75,6 +81,7 @@ class Server:
             restart_forker=lambda: _start_forker(config),
             is_ending=self._is_ending,
             on_drained=self._loop.stop,
+            store=SegmentStore(config["segments_path"], AGENT_WRITER) if config["segments_path"] is not None else None,
         )
         #: Of cores that may be spun on: one alone is wanted by whoever is waited for.
         cpu_count = cgroups.cpu_count_usable()
@@ -88,6 +95,12 @@ class Server:
         self._loop.run(self._next_deadline, self._on_deadline, self._exchange, self._may_spin)
         self._agent.close()
         _wait_for_forkers()
+        path = self._config["segments_path"]
+        # One that dies closes its connection a little before it has ended.
+        timeout_s = 0.0 if self._end_by is None else CLIENT_END_S
+        if path is not None and platform.has_ended(self._client_pidfd, timeout_s):
+            # Whoever holds its lock: a child that C code has forked, say.
+            remove_tree(path)
 
     # Between scheduler and agent
 
@@ -225,6 +238,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         argv=config["argv"],
         blocked_signals=config["blocked_signals"],
         descriptors=descriptors,
+        segments_path=config["segments_path"],
         identity=Identity(
             parent_pid=config["client_pid"],
             parent_fd=config["client_pidfd"] if platform.PORTABLE else -1,

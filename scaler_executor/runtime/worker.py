@@ -22,7 +22,7 @@ from time import perf_counter
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from scaler_executor.errors import TaskInterrupted
+from scaler_executor.errors import ResultTooLargeError, TaskInterrupted
 from scaler_executor.protocol.codec import FRAME_LENGTH, INLINE_BYTES, Decoder
 from scaler_executor.protocol.messages import CallStyle, DeathReport, Frames, Function, Payload, WorkerRun
 from scaler_executor.protocol.page import (
@@ -51,7 +51,9 @@ from scaler_executor.protocol.page import (
     RING_SLOTS,
     STOP,
 )
+from scaler_executor.protocol.segment import SEGMENT_MARK, Segment, pack_frame
 from scaler_executor.runtime.calls import (
+    BULK_TYPES,
     PLAIN_TYPES,
     CallPickler,
     RunForm,
@@ -65,6 +67,7 @@ from scaler_executor.runtime.identity import run_as_process
 from scaler_executor.runtime.last_words import LastWords
 from scaler_executor.runtime.namespace_worker import WorkerMain
 from scaler_executor.runtime.platform import Bell, flush_c_streams, range_buffer
+from scaler_executor.runtime.segments import SegmentStore
 from scaler_executor.runtime.standard_streams import StandardStreams
 from scaler_executor.runtime.transport import StreamReader
 from scaler_executor.runtime.worker_config import NUDGE, Setup, WorkerConfig, take_over_process
@@ -126,7 +129,9 @@ class Worker:
         self._bell = bell
         self._config = config
         self._main = WorkerMain(config.inherited_main)
-        self._pickler = CallPickler(self._main, copy_buffers=False)
+        path = config.segments_path
+        self._store = SegmentStore(path, config.worker_id) if path is not None else None
+        self._pickler = CallPickler(self._main, copy_buffers=False, store=self._store, too_large=ResultTooLargeError)
         #: The call that may be interrupted now, or 0. Cleared by the handler when it raises, so that it raises once.
         self._armed = 0
         #: Set by the handler: the worker ends after this call.
@@ -231,7 +236,7 @@ class Worker:
 
     def _run(self) -> None:
         reader = StreamReader(self._socket)
-        decode = Decoder[WorkerRun](WorkerRun).decode
+        decode = Decoder[WorkerRun](WorkerRun, self._store.refer if self._store is not None else None).decode
         on_interrupt = self._on_interrupt
         while not reader.eof:
             packets = reader.read()
@@ -490,7 +495,7 @@ class Worker:
             body = dumps_exception(self._pickler, error, self._main.explain(error))
         elif kind == RECORD_VALUE:
             try:
-                if type(value) in PLAIN_TYPES:
+                if type(value) in PLAIN_TYPES and not (type(value) in BULK_TYPES and len(value) > INLINE_BYTES):
                     body = _dumps(value, 5)  # only for want of memory can this fail
                     if len(body) > INLINE_BYTES:
                         body = Frames([body])
@@ -518,10 +523,17 @@ class Worker:
         return _pack(0, int((perf_counter() - self._began_at) * 1e9), self._items_run, 0, RECORD_BATCH_END)
 
     def _write_frames(self, seq: int, item: int, kind: int, body: Frames, ends_batch: bool) -> None:
-        lengths = b"".join([FRAME_LENGTH.pack(len(buffer)) for buffer in body.buffers])
-        self._write(_pack(len(lengths) + len(body), seq, item, len(body.buffers), kind) + lengths)
-        for buffer in body.buffers:
-            self._write(buffer)
+        frames = [pack_frame(buffer) if isinstance(buffer, Segment) else buffer for buffer in body.buffers]
+        lengths = [len(frame) for frame in frames]
+        for index, buffer in enumerate(body.buffers):
+            if isinstance(buffer, Segment):
+                lengths[index] |= SEGMENT_MARK
+        packed = b"".join(map(FRAME_LENGTH.pack, lengths))
+        self._write(_pack(len(packed) + sum(map(len, frames)), seq, item, len(frames), kind) + packed)
+        for buffer, frame in zip(body.buffers, frames, strict=True):
+            if isinstance(buffer, Segment):
+                buffer.pass_on()
+            self._write(frame)
         if ends_batch:
             self._write(self._batch_end())
 

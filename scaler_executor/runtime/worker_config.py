@@ -47,6 +47,10 @@ class WorkerConfig:
     preload: list[str] = field(default_factory=list)
     #: What `ps` shows; at most 15 bytes count.
     name: str = "scaler-worker"
+    #: Where large payloads are, see `segments`; None: nowhere.
+    segments_path: str | None = None
+    #: Set by the forker: the number of the worker.
+    worker_id: int = 0
 
 
 class Setup(TypedDict):

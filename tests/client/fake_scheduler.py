@@ -70,6 +70,7 @@ class FakeScheduler:
         self.cancel_grace_s: float | None = None
         self.max_unsent_bytes: int | None = None
         self.may_be_renewed = False
+        self.store = None
         self.was_started = False
         self.joined = False
         self.on_join: Callable[[], Any] = lambda: None

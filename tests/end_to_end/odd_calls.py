@@ -187,6 +187,29 @@ def close_descriptors(low: int, high: int) -> int:
     return os.getpid()
 
 
+_has_scribbled_enough = threading.Event()
+
+
+def close_and_scribble(size_bytes: int) -> bytes:
+    """Close stdin, leave a thread that writes to whatever has its number, and return zeros."""
+    _has_scribbled_enough.clear()
+
+    def scribble() -> None:
+        while not _has_scribbled_enough.is_set():
+            try:
+                os.write(0, b"x")
+            except OSError:
+                pass
+
+    os.close(0)
+    threading.Thread(target=scribble, daemon=True).start()
+    return bytes(size_bytes)
+
+
+def scribble_no_more() -> None:
+    _has_scribbled_enough.set()
+
+
 def close_and_hold(started: Fifo, low: int, high: int) -> int:
     """Close them, say so by a new one, and return what the new one was."""
     os.closerange(low, high)
@@ -279,12 +302,12 @@ def limit_and_use_memory(size: int) -> None:
     bytearray(size)
 
 
-def make_large_under_limit(size: int) -> bytes:
-    """Return what fits into memory once, and not twice."""
+def make_large_under_limit(size: int) -> int:
+    """Return what fits into memory once, and not twice, and is not put into a file as it is."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (used + size + size // 2, resource.RLIM_INFINITY))
-    return bytes(size)
+    return 1 << 8 * size
 
 
 def hold_gil_for(started: Fifo, count: int) -> int:

@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ DEADLINE_S = 30.0
 #: Set by the tests that run for minutes when asked to.
 IS_LONG = bool(os.environ.get("SCALER_EXECUTOR_LONG"))
 MARK = "SCALER_EXECUTOR_TEST"
+#: As in `runtime.segments`, which workers need not import for this.
+VARIABLE = "SCALER_EXECUTOR_SHARED_MEMORY"
 
 
 class Fifo:
@@ -356,6 +359,10 @@ class Scene:
         self.temporary.mkdir()
         self.mark = f"{MARK}-{os.getpid()}-{time.monotonic_ns()}"
         os.environ[MARK] = self.mark
+        #: Where the test's executors put large payloads.
+        self.shared = Path(f"/dev/shm/scaler-executor-{self.mark}")
+        self.shared.mkdir()
+        os.environ[VARIABLE] = str(self.shared)
         self._parts: list[Any] = []
         self._numbers = itertools.count()
         marked = directory / self.mark
@@ -363,6 +370,7 @@ class Scene:
         with open(marked, "r+b") as file:
             self._mapping = mmap.mmap(file.fileno(), 0)
         gc.collect()
+        self._processes_before = self.processes()
         self._before = self._inventory()
 
     def fifo(self) -> Fifo:
@@ -397,9 +405,8 @@ class Scene:
         return sorted(found)
 
     def _inventory(self) -> set[str]:
-        """Return a line for each thing that a test could leave."""
-        things = {f"process {pid}" for pid in self.processes()}
-        things |= {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
+        """Return a line for each thing that a test could leave, but for processes."""
+        things = {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
         fds = []
         for entry in os.listdir("/proc/self/fd"):
             try:
@@ -407,20 +414,25 @@ class Scene:
             except OSError:
                 pass  # that of the listing itself
         things |= set(fds)
-        # The semaphores of multiprocessing come and go with other processes' work; none of them is ours.
+        # The semaphores of multiprocessing, and directories of other executors, come and go; none of them is ours.
         # Nor is what bears the mark of another test, which another process runs at the same time.
         shared = {
             entry
             for entry in os.listdir("/dev/shm")
-            if not entry.startswith("sem.mp-") and (MARK not in entry or self.mark in entry)
+            if not entry.startswith(("sem.mp-", "scaler-executor-")) and (MARK not in entry or self.mark in entry)
         }
         things |= {f"shared memory {entry}" for entry in shared}
+        things |= {f"shared memory {path}" for path in self.shared.rglob("*")}
         things |= {f"temporary file {path}" for path in self.temporary.iterdir()}
         return things
 
     def leftovers(self) -> list[str]:
         """Return what is there now and was not before."""
-        return sorted(self._inventory() - self._before)
+        # A process is known by its number alone: what it is doing changes.
+        before = self._processes_before
+        return [f"process {describe(pid)}" for pid in self.processes() if pid not in before] + sorted(
+            self._inventory() - self._before
+        )
 
     def close(self) -> None:
         """Wait until everything is gone; report, and end, what is not."""
@@ -431,15 +443,14 @@ class Scene:
             wait_until(lambda: not self.leftovers(), "the test leaves something")
         except AssertionError as error:
             left = self.leftovers()
-            for index, thing in enumerate(left):
-                if thing.startswith("process "):
-                    pid = int(thing.removeprefix("process "))
-                    left[index] = f"process {describe(pid)}"
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
+            for pid in self.processes():
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
             raise AssertionError(f"{error}:\n" + "\n".join(left)) from None
         finally:
             self._mapping.close()
             os.environ.pop(MARK, None)
+            os.environ.pop(VARIABLE, None)
+            shutil.rmtree(self.shared)

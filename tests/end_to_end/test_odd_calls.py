@@ -159,6 +159,14 @@ def test_close_low_descriptors(one: ScalerExecutor, tmp_path: Path, low: int, hi
     assert pid_of(one) == pid
 
 
+def test_large_result_after_close(one: ScalerExecutor) -> None:
+    """What is written to a descriptor that a call has closed does not get into its result, also where that is large and
+    stands in a file."""
+    for _ in range(5):
+        assert one.submit(calls.close_and_scribble, 8_000_000).result(DEADLINE_S) == bytes(8_000_000)
+        one.submit(calls.scribble_no_more).result(DEADLINE_S)
+
+
 def test_close_all_descriptors(scene: Scene, one: ScalerExecutor) -> None:
     """A call that closes every descriptor there is, its worker's among them, costs itself: the error says so, and the
     calls that wait behind it are made by another worker, once each."""

@@ -21,6 +21,7 @@ from scaler_executor.protocol.page import (
     RECORD_VALUE,
     RECORD_VALUES,
 )
+from scaler_executor.protocol.segment import SEGMENT_FRAME, SEGMENT_MARK, Segment
 from scaler_executor.runtime import platform
 from scaler_executor.runtime.calls import loads_values
 from scaler_executor.runtime.pipe import Record, ResultPipe, WorkerResults
@@ -104,6 +105,36 @@ def test_garbage_is_refused(ends: tuple[ResultPipe, int]) -> None:
     pipe, write_fd = ends
     os.write(write_fd, RECORD.pack(100, 1, 0, 2, RECORD_VALUE) + FRAME_LENGTH.pack(1) * 2)
     with pytest.raises(RemoteProtocolError):
+        pipe.read(1 << 20)
+
+
+def segment_record(frames: list[tuple[int, bytes]]) -> bytes:
+    """Return a record whose frames have these lengths, marked or not."""
+    body = b"".join(FRAME_LENGTH.pack(length) for length, _ in frames) + b"".join(frame for _, frame in frames)
+    return RECORD.pack(len(body), 1, 0, len(frames), RECORD_VALUE) + body
+
+
+@pytest.mark.parametrize("step", [1, 23, 1000])
+def test_files_in_the_place_of_frames(clean: None, step: int) -> None:
+    """A frame may say in which file it is; whoever reads the pipe takes that over, once, and in its place."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    pipe = ResultPipe(read_fd, Segment)
+    mark = SEGMENT_MARK | SEGMENT_FRAME.size
+    data = segment_record([(3, b"abc"), (mark, SEGMENT_FRAME.pack(7, 1, 500)), (0, b""), (1, b"d")])
+    data += segment_record([(mark, SEGMENT_FRAME.pack(7, 2, 600))]) + segment_record([(2, b"ef")])
+    records = write_all(pipe, write_fd, data, step=step)
+    buffers = [payload.buffers for *_, payload in records if isinstance(payload, Frames)]
+    assert buffers == [[b"abc", Segment(7, 1, 500), b"", b"d"], [Segment(7, 2, 600)], [b"ef"]]
+    pipe.close()
+    os.close(write_fd)
+
+
+def test_files_that_cannot_be(ends: tuple[ResultPipe, int]) -> None:
+    """A worker without files that names one, or nonsense in the place of a name, is not trusted."""
+    pipe, write_fd = ends
+    os.write(write_fd, segment_record([(SEGMENT_MARK | SEGMENT_FRAME.size, SEGMENT_FRAME.pack(7, 1, 500))]))
+    with pytest.raises(RemoteProtocolError, match="file"):
         pipe.read(1 << 20)
 
 
