@@ -443,7 +443,7 @@ class Scene:
             wait_until(lambda: not self.leftovers(), "the test leaves something")
         except AssertionError as error:
             left = self.leftovers()
-            for pid in self.processes():
+            for pid in set(self.processes()) - set(self._processes_before):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
