@@ -203,12 +203,13 @@ def test_ctrl_c(tmp_path):
 
 
 def test_ctrl_c_in_a_pool(tmp_path):
-    """With calls running, too; the workers print nothing."""
+    """With calls running, too; the workers print nothing. It comes when both workers are there: while the standard
+    library's pool forks one, a Ctrl-C can make it hang."""
     text = """\
 import time
 from concurrent.futures import ProcessPoolExecutor
 def work(number):
-    if number == 0:
+    if number == 1:
         print("ready", flush=True)
     time.sleep(60)
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from scaler_executor.runtime import platform
 def clean() -> Iterator[None]:
     """Check that a test leaves no descriptor open and no child behind."""
     platform.prepare()
+    gc.collect()  # what earlier tests have left to it
     before = forked.open_fds()
     yield
     assert forked.open_fds() == before
