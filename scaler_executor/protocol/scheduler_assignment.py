@@ -299,7 +299,7 @@ class Assignment:
         return best, best_room
 
     def _rank(self, seat: Seat) -> float:
-        load = seat.agent.held / max(1, seat.agent.workers)
+        load = seat.agent.load
         return load if seat.quota is None else max(load, len(seat.tasks) / max(1, seat.quota))
 
     def _room(self, seat: Seat) -> int:
@@ -415,6 +415,7 @@ class Assignment:
             assert agent.clients_here == sum(map(bool, held)), agent.peer
             assert all(seat.client.tasks_left for seat in agent.seats.values() if seat.client.gone), agent.peer
             if len(self.agents) > 1:
+                assert agent.load == (agent.held / max(1, agent.workers) if agent.capacity > 0 else -1.0), agent.peer
                 assert agent.load < 0.0 or (agent.load, agent) in entries, agent.peer
                 assert (agent in self._deep) == (agent.held > agent.workers), agent.peer
                 assert (agent in self._idle) == (agent.held < min(agent.workers, agent.capacity)), agent.peer

@@ -502,11 +502,6 @@ def _pickle_end(data: bytes, at: int) -> int:
     return at + 5
 
 
-def load_call(payload: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return args and kwargs of a CallStyle.CALL."""
-    return loads_value(payload)  # type: ignore[no-any-return]
-
-
 def load_inline_call(payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return function, args and kwargs of a CallStyle.INLINE."""
     return loads_value(payload)  # type: ignore[no-any-return]

@@ -65,10 +65,10 @@ from scaler_executor.protocol.messages import (
     Welcome,
 )
 from scaler_executor.protocol.page import RECORD_BATCH_END, RECORD_READY, RECORD_SKIPPED, RECORD_UNWOUND, RECORD_VALUE
-from scaler_executor.protocol.scheduler import FENCE_S, Drop, SchedulerState
-from scaler_executor.protocol.scheduler import Received as SchedulerReceived
+from scaler_executor.protocol.scheduler import FENCE_S, Drop
 from scaler_executor.protocol.scheduler import Send as SchedulerSend
-from scaler_executor.protocol.scheduler import Tick as SchedulerTick
+
+from .test_scheduler import Scheduler, scheduler
 
 BASE = 1 << CLIENT_ID_SHIFT
 CLIENT, AGENT = 1, 2
@@ -274,32 +274,6 @@ def test_time_of_a_call_that_a_freeze_has_found():
 
 
 # The scheduler
-
-
-class Scheduler(SchedulerState):
-    """A scheduler that checks itself after each step and tells its time."""
-
-    now = 0.0
-
-    def got(self, peer, message):
-        out = self.handle(SchedulerReceived(peer, message), self.now)
-        self.check()
-        return out
-
-    def tick(self, after):
-        self.now += after
-        out = self.handle(SchedulerTick(), self.now)
-        self.check()
-        return out
-
-
-def scheduler(capacity=8, workers=2):
-    """Return a scheduler with one client and one agent."""
-    state = Scheduler()
-    state.got(CLIENT, Hello("client"))
-    state.got(AGENT, Hello("agent", name="a"))
-    state.got(AGENT, AgentCapacity(capacity, workers))
-    return state
 
 
 def nos_run(out):
