@@ -25,6 +25,7 @@ from scaler_executor.protocol.messages import (
     InterruptWorker,
     KillWorker,
     Message,
+    ToForkerMessage,
     WorkerExited,
     WorkerForked,
     WorkerFrozen,
@@ -41,6 +42,8 @@ from scaler_executor.runtime.transport import StreamWriter
 PIPE_BUDGET_BYTES: Final = 4 << 20
 #: Results are left in the pipes while more than this waits to be sent to the client.
 UPSTREAM_BYTES: Final = 64 << 20
+#: So many messages to the forker are one packet. The largest, a FreezeWorker, takes some 10 KB.
+PACKET_MESSAGES: Final = 8
 #: So many forkers in a row may be lost before they have forked anything.
 MAX_LOST_FORKERS: Final = 5
 
@@ -164,6 +167,8 @@ class AgentRuntime:
         """Feed one event to the state and do what it says."""
         for instruction in self._state.handle(event, monotonic()):
             self._perform_one[type(instruction)](instruction)
+        if self._unsent:
+            self._flush_control()
         if self._to_look and not self._is_looking:
             self._look_at_workers()
 
@@ -276,6 +281,7 @@ class AgentRuntime:
         handle.killed_for = f"the worker process wrote nonsense where its results go, and was killed: {error}"
         self._loop.forget(handle.results.fileno())
         self._tell_forker(KillWorker(handle.worker_id))
+        self._flush_control()
 
     def _want_look(self, instruction: protocol.Look) -> None:
         self._to_look[instruction.worker_id] = None
@@ -312,43 +318,45 @@ class AgentRuntime:
         self._loop.watch(control.fileno(), self._on_control)
         pidfd = platform.watch_self()
         try:
-            packet = msgspec.msgpack.encode(ForkerSetup())
+            packet = msgspec.msgpack.encode([ForkerSetup()])
             socket.send_fds(control, [packet], [self._bell.ring_fd, pidfd])
         except ConnectionError:
             pass  # lost already; its end is noticed by reading
         finally:
             os.close(pidfd)
         self._decode = msgspec.msgpack.Decoder(ForkerMessage).decode
-        #: Packets that the control pair does not take yet.
-        self._unsent: list[bytes] = []
+        #: Messages for the forker that the control pair has not taken yet; and whether it was full.
+        self._unsent: list[ToForkerMessage] = []
+        self._is_control_full = False
 
     def _fork(self, instruction: protocol.Fork) -> None:
         self._ordered.add(instruction.worker_id)
         self._tell_forker(ForkWorker(instruction.worker_id))
 
-    def _tell_forker(self, message: Message) -> None:
-        control = self._control
-        if control is None:
-            if isinstance(message, ForkWorker):
-                self._fork_failed(message.worker_id, "the process that forks workers was lost")
-            return
-        self._unsent.append(msgspec.msgpack.encode(message))
-        self._flush_control()
+    def _tell_forker(self, message: ToForkerMessage) -> None:
+        """Say it with the next `_flush_control`: each packet wakes the forker, which may then take this CPU."""
+        if self._control is not None:
+            self._unsent.append(message)
+        elif isinstance(message, ForkWorker):
+            self._fork_failed(message.worker_id, "the process that forks workers was lost")
 
     def _flush_control(self) -> None:
         control = self._control
         if control is None:
             return
         unsent = self._unsent
+        is_full = False
         try:
             while unsent:
-                control.send(unsent[0])
-                del unsent[0]
+                control.send(msgspec.msgpack.encode(unsent[:PACKET_MESSAGES]))
+                del unsent[:PACKET_MESSAGES]
         except BlockingIOError:
-            pass
+            is_full = True
         except ConnectionError:
             unsent.clear()  # its end is noticed by reading
-        self._loop.watch(control.fileno(), self._on_control, READABLE | WRITABLE if unsent else READABLE)
+        if is_full != self._is_control_full:
+            self._is_control_full = is_full
+            self._loop.watch(control.fileno(), self._on_control, READABLE | WRITABLE if is_full else READABLE)
 
     def _on_control(self) -> None:
         while (control := self._control) is not None:

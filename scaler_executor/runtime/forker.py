@@ -56,13 +56,15 @@ SPIN_S: Final = 0.0002
 #: Pauses before the nudges of a worker that has not heard an interrupt. Each one can be missed as the interrupt was, by
 #: a hair's breadth; a handler of the user's own, which does not tell that it has heard, is not pestered for ever.
 NUDGE_PAUSES_S: Final = tuple(0.005 * 2**number for number in range(8))
+#: So long forks leave the CPUs to interrupted workers. To unwind and end takes one of them about 1 ms, as does a fork.
+UNWIND_S: Final = 0.002
 #: How long the workers' groups may take to die when the forker itself is to end.
 END_DEADLINE_S: Final = 2.0
 #: So long the client may take to remove the files of large payloads, or to die.
 LEFT_BEHIND_S: Final = 10
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(ToForkerMessage).decode
+_decode = msgspec.msgpack.Decoder(list[ToForkerMessage]).decode
 
 
 @dataclass
@@ -111,6 +113,11 @@ class Forker:
         self._is_full = False
         #: What the control socket has not taken yet: message, descriptors to pass, descriptors to close after that.
         self._outbox: deque[tuple[bytes, list[int], list[int]]] = deque()
+        #: Workers to fork. A fork takes longer than all the rest, so deaths are looked at in between.
+        self._to_fork: deque[int] = deque()
+        #: When to fork, whatever else uses the CPUs (monotonic); and their number.
+        self._fork_after = 0.0
+        self._cpus = cgroups.cpu_count_usable()
         self._bell_fd = -1
         self._stop_deadline_s = ForkerSetup().stop_deadline_s
         self._pid = os.getpid()
@@ -147,6 +154,8 @@ class Forker:
                 elif fd in self._watched:
                     self._end()
             self._look_again()
+            if self._to_fork and not self._fork_wait_s():
+                self._fork(self._to_fork.popleft())
             if platform.RESERVE_S is not None and os.getppid() != self._creator:
                 self._end()
 
@@ -165,7 +174,8 @@ class Forker:
             fds = array.array("i")
             for _, _, data in ancillary:
                 fds.frombytes(data[: len(data) // 4 * 4])
-            self._handle(_decode(packet), list(fds))
+            for message in _decode(packet):
+                self._handle(message, list(fds))
 
     def _handle(self, message: ToForkerMessage, fds: list[int]) -> None:
         if isinstance(message, ForkerSetup):
@@ -175,7 +185,7 @@ class Forker:
             self._poller.register(agent_pidfd, select.POLLIN)
             return
         if isinstance(message, ForkWorker):
-            self._fork(message.worker_id)
+            self._to_fork.append(message.worker_id)
             return
         worker = self._workers.get(message.worker_id)
         if worker is None or worker.exited is not None:
@@ -186,6 +196,7 @@ class Forker:
             worker.page[INTERRUPT] = message.seq
             _take_back(worker.page, message.seq)
             platform.signal_child(worker.pidfd, worker.pid, signal.SIGINT)
+            self._fork_after = monotonic() + UNWIND_S
             worker.nudge_pauses_s = iter(NUDGE_PAUSES_S)
             self._nudge_later(worker)
         elif isinstance(message, FreezeWorker):
@@ -341,13 +352,22 @@ class Forker:
         platform.signal_child(worker.pidfd, worker.pid, NUDGE)
         self._nudge_later(worker)
 
+    def _fork_wait_s(self) -> float:
+        """Return how long a fork has to wait, since interrupted workers need all the CPUs to unwind and end."""
+        wait_s = self._fork_after - monotonic()
+        if wait_s <= 0.0 or sum(1 for worker in self._workers.values() if worker.page[INTERRUPT]) < self._cpus:
+            return 0.0
+        return wait_s
+
     def _timeout_s(self) -> float | None:
         workers = self._workers.values()
         times = [due for worker in workers for due in (worker.look_at, worker.nudge_at) if due is not None]
-        if not times:
-            return platform.RESERVE_S
-        left_s = max(0.0, min(times) - monotonic())
-        return left_s if platform.RESERVE_S is None else min(left_s, platform.RESERVE_S)
+        waits_s = [max(0.0, min(times) - monotonic())] if times else []
+        if self._to_fork:
+            waits_s.append(self._fork_wait_s())
+        if platform.RESERVE_S is not None:
+            waits_s.append(platform.RESERVE_S)
+        return min(waits_s, default=None)
 
     def _look_again(self) -> None:
         """Look at the workers of which something is awaited and whose time has come."""

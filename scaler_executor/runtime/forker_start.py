@@ -6,6 +6,7 @@ in `forker`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -26,6 +27,7 @@ def forker_main(control: socket.socket, config: WorkerConfig, creator: int, crea
     platform.become_subreaper()
     for name in config.preload:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a worker would write to every object, and so copy every page
     Forker(control, config, creator, creator_pidfd).run()
 
 

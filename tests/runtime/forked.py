@@ -150,13 +150,13 @@ class Agent:
         self.poller.register(self.control, select.POLLIN)
         pidfd = platform.watch_self()
         socket.send_fds(
-            self.control, [msgspec.msgpack.encode(ForkerSetup(stop_deadline_s))], [self.bell.ring_fd, pidfd]
+            self.control, [msgspec.msgpack.encode([ForkerSetup(stop_deadline_s)])], [self.bell.ring_fd, pidfd]
         )
         os.close(pidfd)
 
-    def tell(self, message: Message) -> None:
-        """Send a control message."""
-        self.control.send(msgspec.msgpack.encode(message))
+    def tell(self, *messages: Message) -> None:
+        """Send control messages, in one packet."""
+        self.control.send(msgspec.msgpack.encode(messages))
 
     def fork(self, worker_id: int = 1, *, wait: bool = True) -> Handle:
         """Return a new worker, ready."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from forked import Agent, Handle, await_death, is_alive, journal, kill_self, state_of
 
-from scaler_executor.protocol.messages import FreezeWorker, InterruptWorker, KillWorker
+from scaler_executor.protocol.messages import ForkWorker, FreezeWorker, InterruptWorker, KillWorker
 from scaler_executor.protocol.page import (
     RECORD_ERROR,
     RECORD_SKIPPED,
@@ -163,6 +163,25 @@ def test_unheard_soft_stop_is_repeated(agent: Agent) -> None:
     agent.tell(InterruptWorker(1, seq))
     agent.wait(lambda: worker.exited is not None)
     assert worker.answers() == [(RECORD_UNWOUND, seq, 0, b"")]
+
+
+@pytest.mark.parametrize(("call", "unwind_s", "has_ended"), [(read_through_signals, 60.0, True), (defy, 0.01, False)])
+def test_fork_waits_for_the_interrupted(
+    clean: None, monkeypatch: pytest.MonkeyPatch, call: object, unwind_s: float, has_ended: bool
+) -> None:
+    """Where interrupted calls need every CPU, new workers come after those have ended, or after a while."""
+    monkeypatch.setattr(forker, "UNWIND_S", unwind_s)
+    monkeypatch.setattr(forker.cgroups, "cpu_count_usable", lambda: 1)
+    agent = Agent()
+    try:
+        worker = agent.fork()
+        seq = worker.call(call)  # type: ignore[arg-type]
+        begun(agent)
+        agent.tell(InterruptWorker(1, seq), ForkWorker(2))
+        agent.wait(lambda: 2 in agent.workers)
+        assert (worker.exited is not None) == has_ended
+    finally:
+        agent.close()
 
 
 def test_swallowed_interrupt_is_a_value(agent: Agent) -> None:
