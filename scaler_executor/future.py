@@ -85,6 +85,9 @@ class FutureOwner(Protocol):
     def ask_cancel(self, cancels: list[tuple[int, CancelKind]]) -> None:
         """Pass cancel requests on, by task number. Never waits."""
 
+    def hurry(self) -> None:
+        """Send what was submitted, since somebody waits for it."""
+
     def may_wait(self) -> bool:
         """Tell whether this thread may wait for an answer: not the one that receives it, nor at interpreter exit."""
         ...
@@ -118,7 +121,8 @@ class _LazyCondition:
         if future is None:
             return self
         fields = future.__dict__
-        fields.setdefault("_state", PENDING)
+        if fields.setdefault("_state", PENDING) == PENDING and (owner := future._get_owner()) is not None:
+            owner.hurry()
         return fields.setdefault("_condition", threading.Condition())
 
 

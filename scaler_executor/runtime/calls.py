@@ -45,6 +45,8 @@ _SEARCHED_BYTES: Final = 1 << 10
 #: `is_bulky` looks no further.
 _MAX_LOOKED_AT: Final = 16
 _FRAME_OPCODE: Final = 0x95
+#: How C pickle names something, at our protocol.
+_STACK_GLOBAL: Final = b"\x93"
 _dumps = pickle.dumps
 _loads = pickle.loads
 
@@ -113,6 +115,8 @@ class CallPickler:
             return None
         if len(data) > INLINE_BYTES:
             return None
+        if _STACK_GLOBAL not in data:
+            return data  # it names nothing at all
         # A search takes longer than the pickling, where there is much to search.
         if len(data) > _SEARCHED_BYTES and _names_nothing(value):
             return data

@@ -14,6 +14,9 @@ only when it sleeps. Who rings is decided by `_asleep`: a list that the I/O thre
 batch for the last time and goes to sleep. A caller that finds it not empty rings and then empties that very list, so
 being late, or interrupted by Ctrl-C between the two, can only ring once too often.
 
+A ring takes a switch of threads, as long as ten calls take to submit. So when calls come one right behind the other the
+I/O thread only naps after it has sent some: `_wake_at` calls, a look at one's result or a millisecond end that.
+
 A caller that has the only outstanding call writes it to the socket itself: one switch of threads less. The I/O thread
 must learn of that call in any case, and exactly once, even if Ctrl-C hits anywhere in between; see `_Direct`.
 """
@@ -74,7 +77,7 @@ from scaler_executor.protocol.messages import (
 from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.ending import MANAGERS
-from scaler_executor.runtime.functions import FunctionTable, KnownFunction, PreparedFunction
+from scaler_executor.runtime.functions import FunctionTable, PreparedFunction
 from scaler_executor.runtime.interfaces import Cluster, Run
 from scaler_executor.runtime.namespace import Definition, Needs
 from scaler_executor.runtime.outbox import Outbox
@@ -95,6 +98,12 @@ if TYPE_CHECKING:
 
 #: A caller writes its call itself up to this size.
 DIRECT_BYTES: Final = 1 << 14
+#: So many calls at once, or one after so short a sleep, and the I/O thread naps: more are likely to come.
+BURST_CALLS: Final = 8
+BURST_S: Final = 0.0002
+#: So many calls, or so many milliseconds, end a nap.
+NAP_CALLS: Final = 100
+NAP_MS: Final = 1
 #: A scheduler that has closed its connection has so long to end by itself, so that its exit status can tell why; so
 #: have, after a Ctrl-C, the workers whose calls are over.
 END_S: Final = 1.0
@@ -143,6 +152,7 @@ class ClientFutureManager:
         #: Reentrant, as is `_io_lock`: a signal handler or finalizer may submit while this thread is in here.
         self._lock = threading.RLock()
         self._functions = FunctionTable(pickler, main)
+        self._find_call = self._functions.find_call
         self._terms_table = TermsTable()
         if cluster.cancel_grace_s is not None:
             options = msgspec.structs.replace(options, cancel_grace_s=cluster.cancel_grace_s)
@@ -190,6 +200,7 @@ class ClientFutureManager:
 
         #: See the top of the file.
         self._asleep: list[bool] = []
+        self._wake_at = 1
         self._bell = Bell.create()
         #: What the callback thread is to do: call a future's callbacks, say that it has come so far, end.
         self._callbacks: SimpleQueue[ScalerFuture[Any] | threading.Event | None] = SimpleQueue()
@@ -271,37 +282,62 @@ class ClientFutureManager:
         if self._close_asked:
             self._ring()  # see `_tell_close`
 
-    def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+    def submit(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None
+    ) -> ScalerFuture[Any]:
         """Pickle and queue a call. What does not pickle is set on the future.
+
+        Small calls of functions that the scheduler knows go no further than this function: it is the busiest of all.
+
+        Args:
+            function: As the executor's `submit`.
+            args: Likewise.
+            kwargs: Likewise.
+            terms: Of a view.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
         if self._is_full:
             self._await_room()
-        known = self._functions.find_call(function, self._calls)
-        if known is not None:
-            payload = self._dumps_small((args, kwargs))
-            if payload is not None:
-                future = self._submit_known(known, payload)
-                if future is not None:
-                    return future
-        return self._submit_any(function, args, kwargs, self.terms)
-
-    def submit_through(
-        self, terms: Terms, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> ScalerFuture[Any]:
-        """As `submit`, through the view with these terms."""
-        if self._is_full:
-            self._await_room()
-        known = self._functions.find_call(function, terms.calls)
-        if known is not None:
-            payload = self._dumps_small((args, kwargs))
-            if payload is not None:
-                future = self._submit_known(known, payload, terms)
-                if future is not None:
-                    return future
-        return self._submit_any(function, args, kwargs, terms)
+        known = self._find_call(function, self._calls if terms is None else terms.calls)
+        payload = self._dumps_small((args, kwargs)) if known is not None else None
+        if known is None or payload is None:
+            return self._submit_any(function, args, kwargs, terms or self.terms)
+        future: ScalerFuture[Any] = ScalerFuture()
+        future._owner = self
+        future._call_name = known.name
+        direct: _Direct | None = None
+        try:
+            with self._lock:
+                if self._refusal is not None:
+                    raise self._refusal()
+                is_known = known.is_known
+                if is_known:
+                    if terms is not None:
+                        self.check_terms(terms)
+                        future._terms = terms
+                    no = self._last_no = self._last_no + 1
+                    future._task_no = no
+                    row = (no, 1, known.function_id, payload)
+                    may_send = self._is_direct_possible and self._asleep and self._is_only(payload)
+                    # First the future: an interrupt behind it leaves a future that nobody has, and not a call without
+                    # one.
+                    self._futures[no] = future
+                    if may_send:
+                        (packet,) = self._direct_encoder.pack(TaskSubmit([row]))
+                        # In the same hold of the lock as the number: what is sent next has a higher one.
+                        self._direct = direct = _Direct(row, packet)
+                    else:
+                        self._batch.tasks.append(row)
+            if direct is not None:
+                self._send_direct(direct)
+            elif self._asleep and len(self._batch.tasks) >= self._wake_at:  # looked at after the call was added
+                self._wake()
+        finally:
+            if direct is not None and not direct.is_sent():
+                self._wake()
+        return future if is_known else self._submit_any(function, args, kwargs, terms or self.terms)
 
     def _submit_any(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms
@@ -402,6 +438,15 @@ class ClientFutureManager:
             self._batch.cancels += cancels
         if self._asleep:
             self._wake()
+
+    def hurry(self) -> None:
+        """Send what was submitted, since somebody waits for it."""
+        # Never waits for the lock: the caller may hold what the lock's owner wants. The nap ends soon in any case.
+        if self._wake_at > 1 and self._asleep and self._batch.tasks and self._lock.acquire(blocking=False):
+            try:
+                self._wake()
+            finally:
+                self._lock.release()
 
     def may_wait(self) -> bool:
         """Tell whether this thread may wait for an answer."""
@@ -598,45 +643,6 @@ class ClientFutureManager:
             except OSError:
                 pass  # the fork came while the parent was closing them
 
-    def _submit_known(
-        self, known: KnownFunction, payload: bytes, terms: Terms | None = None
-    ) -> ScalerFuture[Any] | None:
-        """Queue a small call of a function that the scheduler knows; return None if it has been forgotten. `terms` are
-        those of a view."""
-        future: ScalerFuture[Any] = ScalerFuture()
-        future._owner = self
-        future._call_name = known.name
-        direct: _Direct | None = None
-        try:
-            with self._lock:
-                if self._refusal is not None:
-                    raise self._refusal()
-                if not known.is_known:
-                    return None
-                if terms is not None:
-                    self.check_terms(terms)
-                    future._terms = terms
-                no = self._last_no = self._last_no + 1
-                future._task_no = no
-                row = (no, 1, known.function_id, payload)
-                may_send = self._is_direct_possible and self._asleep and self._is_only(payload)
-                # First the future: an interrupt behind it leaves a future that nobody has, and not a call without one.
-                self._futures[no] = future
-                if may_send:
-                    (packet,) = self._direct_encoder.pack(TaskSubmit([row]))
-                    # In the same hold of the lock as the number: what is sent next has a higher one.
-                    self._direct = direct = _Direct(row, packet)
-                else:
-                    self._batch.tasks.append(row)
-            if direct is not None:
-                self._send_direct(direct)
-            elif self._asleep:  # looked at after the call was added
-                self._wake()
-        finally:
-            if direct is not None and not direct.is_sent():
-                self._wake()
-        return future
-
     def _is_only(self, payload: bytes) -> bool:
         """Tell whether a call is the only outstanding one and may be sent by its caller. Under `_lock`."""
         return not self._futures and not self._runs and self._direct is None and len(payload) <= DIRECT_BYTES
@@ -717,9 +723,11 @@ class ClientFutureManager:
         poll.register(self._cluster.death_fd, select.POLLIN)
         poll.register(socket_fd, select.POLLIN)
         wanted = select.POLLIN
+        slept_at = time.monotonic()
         while True:
             with self._io_lock:
-                self._take_up()
+                calls = self._take_up()
+                naps = calls >= BURST_CALLS or (calls > 0 and time.monotonic() - slept_at < BURST_S)
                 self._outbox.flush()
                 has_unsent = self._outbox.has_unsent
                 if self._cluster.max_unsent_bytes is not None:
@@ -728,13 +736,20 @@ class ClientFutureManager:
                 if self._is_closed and not has_unsent:
                     return
                 # First say that we sleep, then look once more: a caller adds first and then looks whether we sleep.
+                self._wake_at = NAP_CALLS if naps else 1
                 asleep = self._asleep = [True]
                 batch = self._batch
-                is_wanted = batch.tasks or batch.cancels or batch.definitions is not None or self._direct is not None
-                timeout = 0 if is_wanted else None
+                is_wanted = (
+                    len(batch.tasks) >= self._wake_at
+                    or batch.cancels
+                    or batch.definitions is not None
+                    or self._direct is not None
+                )
+                timeout = 0 if is_wanted else NAP_MS if naps else None
             if has_unsent != bool(wanted & select.POLLOUT):
                 wanted ^= select.POLLOUT
                 poll.modify(socket_fd, wanted)
+            slept_at = time.monotonic()
             events = dict(poll.poll(timeout))
             asleep.clear()
             with self._io_lock:
@@ -754,10 +769,11 @@ class ClientFutureManager:
             self._is_full = False
             self._has_room.set()
 
-    def _take_up(self) -> None:
-        """Feed what callers asked for into the state."""
+    def _take_up(self) -> int:
+        """Feed what callers asked for into the state. Return the number of calls."""
         self._take_up_direct()
         batch = self._batch
+        calls = len(batch.tasks)
         if batch.tasks or batch.cancels or batch.functions or batch.forget or batch.definitions is not None:
             with self._lock:
                 batch = self._batch
@@ -774,6 +790,7 @@ class ClientFutureManager:
                 self._close_told = not self._batch.tasks and self._direct is None
             if self._close_told:
                 self._tell_close()
+        return calls
 
     def _tell_close(self) -> None:
         """Begin to take leave. A cluster that was never started needs none."""

@@ -130,8 +130,7 @@ class FunctionTable:
 
     def find_call(self, function: Any, calls: KnownCalls) -> KnownFunction | None:
         """Return the one of `calls` that is this function, which is found by name. Needs no lock, but then `is_known`
-        has
-        to be looked at once more under the lock."""
+        has to be looked at once more under the lock."""
         entry: KnownFunction | None = calls.get(id(function))
         if entry is None or not entry.is_current() or not self._main.are_current(entry.needs):
             return None

@@ -57,7 +57,7 @@ class ClientView:
 
     def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
         """Pickle and queue a call."""
-        return self._client.submit_through(self.terms, function, args, kwargs)
+        return self._client.submit(function, args, kwargs, self.terms)
 
     def prepare(self, function: Any) -> PreparedFunction:
         """Make a function ready for `submit_run`."""
