@@ -390,14 +390,17 @@ class Run(Cluster):
                 # Another client's idle worker is kept for it for a while. It is of no use to one that can have no more
                 # workers than its queued calls need, nor to anybody while no worker can be forked.
                 client = worker.client
-                idle = [0.0 for w in crew.idle.values() if w.client is client]
-                if client.max_workers - client.staff > client.queued and agent.state._hiring.hire_at is None:
-                    idle += [w.idle_since + SLICE_S for w in crew.idle.values() if w.client is not client]
+                may_take = client.max_workers - client.staff > client.queued and agent.state._hiring.hire_at is None
+                idle = [
+                    w
+                    for w in crew.idle.values()
+                    if w.client is client or (may_take and self.now >= w.idle_since + SLICE_S)
+                ]
                 stopping = stopping or crew.is_full(client)
                 if not idle or stopping or sim is None or sim.dead or sim.killed or sim.stuck or sim.frozen:
                     since.pop(key, None)
                 else:
-                    waited = self.now - max(since.setdefault(key, self.now), min(idle))
+                    waited = self.now - since.setdefault(key, self.now)
                     assert waited < slack, f"call {worker.held[-1].task_id} waits for {waited} s behind a running one"
 
     def agent_drained(self, agent: SimAgent) -> None:
