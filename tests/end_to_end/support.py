@@ -414,14 +414,8 @@ class Scene:
             except OSError:
                 pass  # that of the listing itself
         things |= set(fds)
-        # The semaphores of multiprocessing, and directories of other executors, come and go; none of them is ours.
-        # Nor is what bears the mark of another test, which another process runs at the same time.
-        shared = {
-            entry
-            for entry in os.listdir("/dev/shm")
-            if not entry.startswith(("sem.mp-", "scaler-executor-")) and (MARK not in entry or self.mark in entry)
-        }
-        things |= {f"shared memory {entry}" for entry in shared}
+        # Of what lies in shared memory only what bears this test's mark is surely its own: other programs use it, too.
+        things |= {f"shared memory {entry}" for entry in os.listdir("/dev/shm") if self.mark in entry}
         things |= {f"shared memory {path}" for path in self.shared.rglob("*")}
         things |= {f"temporary file {path}" for path in self.temporary.iterdir()}
         return things
