@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from types import TracebackType
@@ -25,7 +24,7 @@ from scaler_executor.defaults import (
     DefaultTimeout,
     Unchanged,
 )
-from scaler_executor.options import MAX_RETRIES, check_count, check_seconds, check_timeout, merge
+from scaler_executor.options import MAX_RETRIES, check_count, check_seconds, check_sizes, check_timeout, merge
 from scaler_executor.runtime import exiting as exiting  # first of all, see there
 from scaler_executor.runtime.cgroups import cpu_count_usable
 from scaler_executor.runtime.cluster import EmbeddedCluster
@@ -197,11 +196,15 @@ class ScalerExecutor(Executor):
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
+        ordered: bool = True,
+        cancel_running: bool = False,
+        progress: bool | str = False,
     ) -> Iterator[T]:
         """As `Executor.map`. How many items travel together is decided by their size and duration.
 
-        An iterator that is closed, or that raised, takes back the items that have not started; those that run,
-        complete. One that is never read takes back nothing.
+        An exception of a call is raised where its result would be yielded, and ends the iteration. An iterator that is
+        closed, or that raised, takes back the items that have not started; those that run, complete. One that is never
+        read takes back nothing.
 
         Args:
             fn: Called with one item of each iterable.
@@ -210,27 +213,64 @@ class ScalerExecutor(Executor):
             chunksize: If more than 1, at most so many items travel together. Where a subclass or somebody else has put
                 another `submit` in place, it is called for each so many items, as in the standard library.
             buffersize: The most items that are read ahead of the consumer; the iterables may then be endless.
+            ordered: If False, results are yielded as they come. An exception is raised as soon as it is there.
+            cancel_running: Whether an iterator that is closed, or that raised, also stops the items that run, as
+                `ScalerFuture.cancel` does; it does not wait for that.
+            progress: True, or a label, for a bar on `sys.stderr` (in a notebook: beneath the cell) with rate, time
+                left, failures and running calls, by tqdm if that is installed. Where `sys.stderr` is not a terminal
+                there is none.
 
         Raises:
             ValueError: `chunksize` or `buffersize` is less than 1.
-            TypeError: `buffersize` is not an integer.
+            TypeError: `buffersize` is not an integer, `progress` neither a bool nor a string.
             RuntimeError, BrokenExecutor: As `submit`.
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        chunksize = operator.index(chunksize)
-        if buffersize is not None and not isinstance(buffersize, int):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
-        end_time = None if timeout is None else timeout + time.monotonic()
-        from scaler_executor.mapping import MapCall, map_by_submit
+        return self._map(fn, iterables, False, timeout, chunksize, buffersize, ordered, cancel_running, progress)
 
-        if getattr(self.submit, "__func__", None) is not ScalerExecutor.submit:
-            return map_by_submit(self, fn, iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
-        call = MapCall(self._client, self._max_workers, fn, iterables, chunksize=chunksize, buffersize=buffersize)
-        call.fill()
-        return call.results(end_time)
+    def starmap(
+        self,
+        fn: Callable[..., T],
+        iterable: Iterable[Iterable[Any]],
+        *,
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        ordered: bool = True,
+        cancel_running: bool = False,
+        progress: bool | str = False,
+    ) -> Iterator[T]:
+        """As `map`, except that each item of the one iterable has all the arguments of a call, as for
+        `itertools.starmap`."""
+        return self._map(fn, (iterable,), True, timeout, chunksize, buffersize, ordered, cancel_running, progress)
+
+    def _map(
+        self,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        is_starred: bool,
+        timeout: float | None,
+        chunksize: int,
+        buffersize: int | None,
+        ordered: bool,
+        cancel_running: bool,
+        progress: bool | str,
+    ) -> Iterator[T]:
+        chunksize, buffersize = check_sizes(chunksize, buffersize)
+        from scaler_executor.mapping import start_map
+
+        return start_map(
+            self,
+            fn,
+            iterables,
+            is_starred=is_starred,
+            by_submit=getattr(self.submit, "__func__", None) is not ScalerExecutor.submit,
+            timeout=timeout,
+            chunksize=chunksize,
+            buffersize=buffersize,
+            ordered=ordered,
+            cancel_running=cancel_running,
+            progress=progress,
+        )
 
     def with_options(
         self,

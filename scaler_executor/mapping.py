@@ -1,7 +1,7 @@
 """`ScalerExecutor.map`: items go out in runs and come back in ranges; there is no future and no message per item.
 
-This module knows how the iterables are cut into runs and how ranges of results, which come in any order, become an
-iterator in order. What a run is to the scheduler, and when it is split, it does not know.
+This module knows how the iterables are cut into runs and how ranges of results become an iterator; what comes when is
+for `scaler_executor.inbox`. What a run is to the scheduler, and when it is split, it does not know.
 
 A run should be as long as possible, since everything between this process and a worker costs per run; but the first
 ones decide how soon all workers have something to do, and a run's payload is sent and kept as a whole. So runs begin
@@ -11,26 +11,27 @@ small and grow, up to RUN_ITEMS and about RUN_BYTES. The agent cuts and joins th
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import CancelledError, Executor, Future, TimeoutError
 from functools import partial
 from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from scaler_executor.future import cancel_all
-from scaler_executor.protocol.client import REST
-from scaler_executor.protocol.messages import Payload, ResultKind
+from scaler_executor.inbox import CANCELLED, Inbox, MapRun, Range, UnorderedInbox
+from scaler_executor.protocol.messages import CancelKind, Payload, ResultKind
 from scaler_executor.runtime.calls import WORDS
 from scaler_executor.runtime.namespace import NO_NEEDS
 from scaler_executor.runtime.results import LoadFailed, read_failure, read_values
 
 if TYPE_CHECKING:
+    from scaler_executor.executor import ScalerExecutor
+    from scaler_executor.progress import Meter
     from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.functions import PreparedFunction
-    from scaler_executor.runtime.terms import Terms
     from scaler_executor.runtime.view import ClientView
 
 #: The most items in a run.
@@ -40,10 +41,8 @@ RUN_BYTES: Final = 1 << 14
 #: Of a map that is short, each worker gets about so many runs: the last ones even out what took longer.
 RUNS_PER_WORKER: Final = 4
 
-_CANCELLED: Final = -2
-#: Held while the event of a run is made: two threads that clear the executor wait for the same one.
-_MAKING_EVENT: Final = threading.Lock()
 _VALUE: Final = int(ResultKind.VALUE)
+_FAILED: Final = int(ResultKind.ERROR)
 
 
 _CONTAINERS: Final = (list, tuple, range, dict, set, frozenset, str, bytes, bytearray, deque)
@@ -66,28 +65,109 @@ def _has_its_items(iterable: Iterable[Any]) -> bool:
     return type(iterable) in _COMPLETE or type(iterable).__module__ in ("numpy", "array")
 
 
-def map_by_submit(
-    executor: Executor,
+def start_map(
+    executor: ScalerExecutor,
     function: Callable[..., Any],
     iterables: tuple[Iterable[Any], ...],
     *,
+    is_starred: bool,
+    by_submit: bool,
     timeout: float | None,
     chunksize: int,
     buffersize: int | None,
+    ordered: bool,
+    cancel_running: bool,
+    progress: bool | str,
+) -> Iterator[Any]:
+    """Begin a map of an executor, whose `map` and `starmap` say what the arguments are. Return the iterator."""
+    end_time = None if timeout is None else timeout + time.monotonic()
+    meter = None
+    if progress is not False:
+        from scaler_executor.progress import make_meter, running_in
+
+        meter = make_meter(progress, count_items(iterables))
+    if by_submit:
+        return _map_by_submit(
+            executor,
+            function,
+            join_items(iterables, is_starred),
+            end_time=end_time,
+            chunksize=chunksize,
+            buffersize=buffersize,
+            ordered=ordered,
+            cancel_running=cancel_running,
+            meter=meter,
+        )
+    call = MapCall(
+        executor._client,
+        executor.max_workers,
+        function,
+        iterables,
+        is_starred=is_starred,
+        inbox=(Inbox if ordered else UnorderedInbox)(meter=meter),
+        chunksize=chunksize,
+        buffersize=buffersize,
+        cancel_running=cancel_running,
+        meter=meter,
+    )
+    call.fill()
+    if meter is not None:
+        meter.start(call, running_in(call.inbox, executor.max_workers))
+    return call.results(end_time)
+
+
+def join_items(iterables: tuple[Iterable[Any], ...], is_starred: bool) -> Iterator[tuple[Any, ...]]:
+    """Return the arguments of each call. The shortest iterable decides, as in the standard library."""
+    return map(tuple, *iterables) if is_starred else zip(*iterables)  # noqa: B905
+
+
+def count_items(iterables: tuple[Iterable[Any], ...]) -> int | None:
+    """Return how many there are, None if nobody knows."""
+    sizes = [len(iterable) for iterable in iterables if isinstance(iterable, Sized)]
+    return min(sizes) if sizes and len(sizes) == len(iterables) else None
+
+
+def _map_by_submit(
+    executor: Executor,
+    function: Callable[..., Any],
+    items: Iterator[tuple[Any, ...]],
+    *,
+    end_time: float | None,
+    chunksize: int,
+    buffersize: int | None,
+    ordered: bool,
+    cancel_running: bool,
+    meter: Meter | None,
 ) -> Iterator[Any]:
     """Map as the standard library does, by the executor's `submit`: there are programs that put their own there, to
     count the calls that are done say."""
-    end_time = None if timeout is None else timeout + time.monotonic()
-    items = zip(*iterables)  # noqa: B905 - the shortest decides, as in the standard library
     chunks = iter(lambda: list(islice(items, chunksize)), [])
-    pending: deque[Future[list[Any]]] = deque()
+    #: In order.
+    pending: dict[Future[list[Any]], None] = {}
+    arrived: SimpleQueue[Future[list[Any]]] = SimpleQueue()
 
     def submit_next() -> bool:
         chunk = next(chunks, None)
         if chunk is None:
+            if meter is not None:
+                meter.complete()
             return False
-        pending.append(executor.submit(partial(_call_all, function), chunk))
+        future = executor.submit(partial(_call_all, function), chunk)
+        pending[future] = None
+        if not ordered:
+            future.add_done_callback(arrived.put)
+        if meter is not None:
+            meter.expect(len(chunk))
+            future.add_done_callback(partial(_count, meter, len(chunk)))
         return True
+
+    def next_future() -> Future[list[Any]]:
+        if ordered:
+            return next(iter(pending))
+        try:
+            return arrived.get(timeout=None if end_time is None else max(0.0, end_time - time.monotonic()))
+        except Empty:
+            raise TimeoutError() from None
 
     ahead = None if buffersize is None else max(1, buffersize // chunksize)
     while (ahead is None or len(pending) < ahead) and submit_next():
@@ -96,10 +176,9 @@ def map_by_submit(
     def results() -> Iterator[Any]:
         try:
             while pending:
-                future = pending[0]
+                future = next_future()
                 values = future.result(None if end_time is None else max(0.0, end_time - time.monotonic()))
-                del future
-                pending.popleft()
+                del pending[future], future
                 if ahead is not None:
                     submit_next()
                 values.reverse()
@@ -107,9 +186,18 @@ def map_by_submit(
                     yield values.pop()
         finally:
             # What is done stays as it is: whoever put that `submit` there may keep it.
-            cancel_all([future for future in pending if not future.done()], 0, force=False)
+            cancel_all([future for future in pending if not future.done()], 0, force=cancel_running)
+            if meter is not None:
+                meter.close()
 
-    return results()
+    iterator = results()
+    if meter is not None:
+        meter.start(iterator, lambda: sum(future.running() for future in list(pending)))
+    return iterator
+
+
+def _count(meter: Meter, count: int, future: Future[Any]) -> None:
+    meter.count(count, CANCELLED if future.cancelled() else _VALUE if future.exception() is None else _FAILED)
 
 
 def _call_all(function: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> list[Any]:
@@ -117,116 +205,20 @@ def _call_all(function: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> lis
     return [function(*arguments) for arguments in chunk]
 
 
-class MapRun:
-    """Items of one map that were submitted together: what has come of them, in ranges that nobody has unpickled yet."""
-
-    __slots__ = ("_left", "_over", "_ranges", "_reader", "_rest", "items", "task_no", "terms")
-
-    def __init__(self, items: int, reader: _Reader) -> None:
-        self.items = items
-        #: Its number at the scheduler, set when it is submitted.
-        self.task_no = 0
-        #: See `interfaces.Run`.
-        self.terms: Terms | None = None
-        #: Items without an answer. Written by the I/O thread.
-        self._left = items
-        #: {first: (count, kind, payload)}. Added to by the I/O thread, taken out by the reader, who always asks for the
-        #: item behind the last range.
-        self._ranges: dict[int, tuple[int, int, Payload | str | None]] = {}
-        #: What holds for each item that no range has, once the run is over.
-        self._rest: tuple[int, Payload | str | None] | None = None
-        self._reader = reader
-        self._over: threading.Event | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether each item has a result or is cancelled."""
-        return self._left == 0
-
-    @property
-    def over(self) -> threading.Event:
-        """Is set when the run is over."""
-        with _MAKING_EVENT:
-            event = self._over = self._over or threading.Event()
-        # Made visible first, then looked at; the I/O thread writes `_left` first and then looks for the event.
-        if self._left == 0:
-            event.set()
-        return event
-
-    def set_items_ready(self, first: int, count: int, kind: int, payload: Payload | str) -> None:
-        """Take the results of items [first, first + count); `first` is REST for all that have none yet."""
-        self._answer(first, count, kind, payload)
-
-    def set_items_cancelled(self, first: int, count: int) -> None:
-        """Note that these items end cancelled; `first` as above."""
-        self._answer(first, count, _CANCELLED, None)
-
-    def take(self, first: int) -> tuple[int, int, Payload | str | None] | None:
-        """Return (count, kind, payload) of the range that begins at item `first`, None if it is not there yet."""
-        found = self._ranges.pop(first, None)
-        if found is None and self._rest is not None:
-            # `_rest` is the last that is written: a range that was written before it is there now.
-            found = self._ranges.pop(first, None) or (1, *self._rest)
-        return found
-
-    def _answer(self, first: int, count: int, kind: int, payload: Payload | str | None) -> None:
-        if first == REST:
-            self._rest = (kind, payload)
-            self._left = 0
-        else:
-            self._ranges[first] = (count, kind, payload)
-            self._left -= count
-        self._reader.note(self)
-        if self._left == 0 and self._over is not None:
-            self._over.set()
-
-
-class _Reader:
-    """Where the consumer of a map waits."""
-
-    def __init__(self) -> None:
-        #: The run that it waits for. Written before the consumer looks at the run for the last time and waits; the I/O
-        #: thread writes into the run first and then looks here.
-        self._wanted: MapRun | None = None
-        self._event = threading.Event()
-
-    def note(self, run: MapRun) -> None:
-        """Wake the consumer if this is what it waits for."""
-        if self._wanted is run:
-            self._event.set()
-
-    def wait_for(self, run: MapRun, first: int, end_time: float | None) -> tuple[int, int, Payload | str | None]:
-        """Return the range of `run` that begins at item `first`; raise TimeoutError at `end_time`."""
-        found = run.take(first)
-        if found is not None:
-            return found
-        try:
-            while True:
-                self._event.clear()
-                self._wanted = run
-                found = run.take(first)
-                if found is not None:
-                    return found
-                if end_time is None:
-                    self._event.wait()
-                elif not self._event.wait(max(0.0, end_time - time.monotonic())):
-                    found = run.take(first)
-                    if found is not None:
-                        return found
-                    raise TimeoutError()
-        finally:
-            self._wanted = None
-
-
 class MapCall:
-    """One call of `map`.
+    """One call of `map`, `starmap` or `amap`.
 
     Args:
         client: Gets the runs.
         max_workers: How many workers there may be.
         function, iterables: What to call with what.
+        is_starred: There is one iterable, of tuples of arguments.
+        inbox: Where the results come.
         chunksize: The most items in a run; 1 for whatever is best.
         buffersize: The most items that are taken from the iterables ahead of the consumer; None for all at once.
+        cancel_running: Whether calls that run are stopped when nobody wants the results any more.
+        may_wait: Whether it may wait where callers do, see `interfaces.Cluster`.
+        meter: Is told how many items there are.
     """
 
     def __init__(
@@ -236,8 +228,13 @@ class MapCall:
         function: Callable[..., Any],
         iterables: tuple[Iterable[Any], ...],
         *,
+        is_starred: bool = False,
+        inbox: Inbox | None = None,
         chunksize: int,
         buffersize: int | None,
+        cancel_running: bool = False,
+        may_wait: bool = True,
+        meter: Meter | None = None,
     ) -> None:
         self._client = client
         self._function: Any = function
@@ -245,9 +242,12 @@ class MapCall:
         self._prepared: PreparedFunction | None = None
         self._needs = NO_NEEDS
         self._function_id = 0
-        self._items = zip(*iterables)  # noqa: B905 - the shortest decides, as in the standard library
+        self._items = join_items(iterables, is_starred)
         self._workers = max_workers
         self._buffersize = buffersize
+        self._cancel_kind = CancelKind.FORCED if cancel_running else CancelKind.SOFT
+        self._may_wait = may_wait
+        self._meter = meter
         self._limit = RUN_ITEMS if chunksize == 1 else chunksize
         if client.terms.options.timeout_s is not None:
             self._limit = 1  # each item has its own time
@@ -263,20 +263,19 @@ class MapCall:
             self._size = self._limit
         #: Runs since the size was last doubled.
         self._steps = 0
-        self._reader = _Reader()
-        #: Submitted and not consumed, in order. An exception stands for items that could not be submitted.
-        self._runs: deque[MapRun | Exception] = deque()
+        #: Submitted and not consumed.
+        self.inbox = Inbox() if inbox is None else inbox
         #: Items that were taken from the iterables and not yielded.
         self._ahead = 0
-        self._is_exhausted = False
+        self.is_exhausted = False
 
-    def fill(self) -> None:
-        """Take items from the iterables as far as the buffer allows, and submit them.
+    def fill(self, until: float | None = None) -> None:
+        """Take items from the iterables as far as the buffer allows, and submit them. Stop at the time `until`.
 
         Raises:
             Exception: What an iterable raises, or a client that accepts no calls.
         """
-        while not self._is_exhausted:
+        while not self.is_exhausted:
             wanted = self._size
             if self._buffersize is not None:
                 wanted = min(wanted, self._buffersize - self._ahead)
@@ -287,54 +286,80 @@ class MapCall:
                 items.extend(islice(self._items, wanted))
             finally:
                 # Also what an iterable has given before it failed: it was there to be submitted.
-                self._is_exhausted = len(items) < wanted
+                self.is_exhausted = len(items) < wanted
                 if items:
-                    self._submit(items)
+                    self.submit(items)
+                if self.is_exhausted and self._meter is not None:
+                    self._meter.complete()
+            if until is not None and time.monotonic() > until:
+                return
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the buffer has any."""
+        return self._buffersize is None or self._ahead < self._buffersize
 
     def is_worth_filling(self) -> bool:
         """Tell whether the buffer has room for a whole run; a run for each free place would be slow."""
-        return not self._is_exhausted and self._buffersize is not None and self._buffersize - self._ahead >= self._size
+        return not self.is_exhausted and self._buffersize is not None and self._buffersize - self._ahead >= self._size
 
     def take_back(self) -> None:
-        """Cancel what has not started."""
-        runs, self._runs = self._runs, deque()
-        self._client.take_back([run.task_no for run in runs if isinstance(run, MapRun) and not run.is_over])
+        """Cancel what nobody wants any more: what has not started, and what runs if that was asked for."""
+        inbox = self.inbox
+        pending = inbox.pending()
+        inbox.clear()
+        self._client.take_back([run.task_no for run in pending], self._cancel_kind)
 
     def results(self, end_time: float | None) -> Iterator[Any]:
-        """Yield the results in order. Closed or failed, it takes back what has not started."""
+        """Yield the results. Closed or failed, it takes back what nobody wants any more."""
+        inbox = self.inbox
+        meter = self._meter
         try:
-            while self._runs:
-                run = self._runs[0]
-                if isinstance(run, Exception):
-                    self._raise(run)
-                item = 0
-                while item < run.items:
-                    count, kind, payload = self._reader.wait_for(run, item, end_time)
-                    item += count
-                    if kind != _VALUE:
-                        self._raise_failure(kind, payload)
-                    values = read_values(payload, count)  # type: ignore[arg-type]
-                    if self._buffersize is None and type(payload) is bytes and payload.startswith(WORDS):
-                        yield from values
-                        continue
-                    payload = None
-                    # The list must not keep what has been yielded.
-                    values.reverse()
-                    while values:
-                        self._ahead -= 1
-                        if type(values[-1]) is LoadFailed:
-                            self._raise(values.pop().error)
-                        yield values.pop()
-                        if self._buffersize is not None and self.is_worth_filling():
-                            self.fill()
-                self._runs.popleft()
-                if self._buffersize is not None and not self._runs:
+            while inbox:
+                found: Range | None = inbox.take() or inbox.wait(end_time)
+                assert found is not None
+                count, kind, payload = found
+                if kind == _VALUE and self._buffersize is None and type(payload) is bytes and payload.startswith(WORDS):
+                    yield from read_values(payload, count)
+                    continue
+                values = self.open(found)
+                found = payload = None  # or what they say would live as long as the last value
+                while values:
+                    self._ahead -= 1
+                    if type(values[-1]) is LoadFailed:
+                        self._raise(values.pop().error)
+                    yield values.pop()
+                    if self._buffersize is not None and self.is_worth_filling():
+                        self.fill()
+                if self._buffersize is not None and not inbox:
                     self.fill()
         finally:
             self.take_back()
+            if meter is not None:
+                meter.close()
 
-    def _submit(self, items: list[tuple[Any, ...]]) -> None:
+    def open(self, found: Range) -> list[Any]:
+        """Return the values of a range, the last one first: the list must not keep what has been yielded. Raise what it
+        says instead."""
+        count, kind, payload = found
+        if kind != _VALUE:
+            self._raise_failure(kind, payload)
+        values = read_values(payload, count)  # type: ignore[arg-type]
+        values.reverse()
+        return values
+
+    def pop(self, values: list[Any]) -> Any:
+        """Take the next one of these values, for the consumer."""
+        self._ahead -= 1
+        if type(values[-1]) is LoadFailed:
+            self._raise(values.pop().error)
+        return values.pop()
+
+    def submit(self, items: list[tuple[Any, ...]]) -> None:
+        """Submit items as a run. What they cannot is raised at their place."""
         self._ahead += len(items)
+        if self._meter is not None:
+            self._meter.expect(len(items))
         self._client.start()
         try:
             if self._prepared is None:
@@ -345,18 +370,18 @@ class MapCall:
             if names:
                 self._look_up(names)
         except Exception as error:
-            self._runs.append(error)
+            self.inbox.add(error)
             return
-        run = MapRun(len(items), self._reader)
+        run = MapRun(len(items), self.inbox)
         while True:
             function_id = self._client.submit_run(
-                self._prepared, self._needs, self._function_id, len(items), payload, run
+                self._prepared, self._needs, self._function_id, len(items), payload, run, may_wait=self._may_wait
             )
             if function_id is not None:
                 break
             self._look_up(names)
         self._function_id = function_id
-        self._runs.append(run)
+        self.inbox.add(run)
         self._adapt(len(items), len(payload))
 
     def _look_up(self, names: set[str]) -> None:
@@ -382,8 +407,10 @@ class MapCall:
         finally:
             del self, error  # the traceback holds this frame
 
-    def _raise_failure(self, kind: int, payload: Payload | str | None) -> NoReturn:
-        if kind == _CANCELLED:
+    def _raise_failure(self, kind: int, payload: Payload | str | Exception | None) -> NoReturn:
+        if kind == CANCELLED:
             raise CancelledError()
+        if isinstance(payload, Exception):
+            self._raise(payload)
         assert payload is not None
         self._raise(read_failure(kind, payload, self._name))

@@ -76,6 +76,17 @@ def check_name(value: Any) -> str | None:
     return str(value)
 
 
+def check_sizes(chunksize: Any, buffersize: Any) -> tuple[int, int | None]:
+    """Return how a map is to cut and to read ahead, or raise as the standard library does."""
+    if chunksize < 1:
+        raise ValueError("chunksize must be >= 1.")
+    if buffersize is not None and not isinstance(buffersize, int):
+        raise TypeError("buffersize must be an integer or None")
+    if buffersize is not None and buffersize < 1:
+        raise ValueError("buffersize must be None or > 0")
+    return operator.index(chunksize), buffersize
+
+
 def merge(
     options: Options,
     name: str | None,

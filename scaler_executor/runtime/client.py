@@ -299,7 +299,7 @@ class ClientFutureManager:
             RuntimeError: Closed, broken, lost or forked.
         """
         if self._is_full:
-            self._await_room()
+            self.await_room()
         known = self._find_call(function, self._calls if terms is None else terms.calls)
         payload = self._dumps_small((args, kwargs)) if known is not None else None
         if known is None or payload is None:
@@ -381,6 +381,8 @@ class ClientFutureManager:
         payload: Payload,
         run: Run,
         terms: Terms | None = None,
+        *,
+        may_wait: bool = True,
     ) -> int | None:
         """Queue a run and number it. Return the function's id, for the next run of the same map.
 
@@ -394,12 +396,13 @@ class ClientFutureManager:
             payload: From `CallPickler.dumps_run`.
             run: Is told what becomes of the items.
             terms: Of a view.
+            may_wait: Whether to wait while too much is unsent.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
-        if self._is_full:
-            self._await_room()
+        if self._is_full and may_wait:
+            self.await_room()
         with self._lock:
             if needs.generation != self._main.generation:
                 return None
@@ -417,7 +420,7 @@ class ClientFutureManager:
             self._wake()
         return function_id
 
-    def _await_room(self) -> None:
+    def await_room(self) -> None:
         """Wait until some of what was submitted has been sent, or there is no more to be sent."""
         if self.may_wait():
             self._has_room.wait()
@@ -481,10 +484,10 @@ class ClientFutureManager:
                 thread.start()
                 self._callback_thread = thread
 
-    def take_back(self, tasks: list[int]) -> None:
-        """Cancel what has not started of these tasks, without waiting. What runs, completes."""
+    def take_back(self, tasks: list[int], kind: CancelKind = CancelKind.SOFT) -> None:
+        """Cancel what has not started of these tasks, and what runs if FORCED, without waiting."""
         if tasks and self._refusal is not refuse_child:
-            self.ask_cancel([(no, CancelKind.SOFT) for no in tasks])
+            self.ask_cancel([(no, kind) for no in tasks])
 
     def take_back_all(self, max_workers: int, terms: Terms | None = None) -> None:
         """Cancel what has not started, without waiting; of a view with these terms, if given.

@@ -69,3 +69,6 @@ class Run(Protocol):
 
     def set_items_cancelled(self, first: int, count: int) -> None:
         """Note that these items end cancelled; `first` as above."""
+
+    def set_running(self) -> None:
+        """Note that a part of it has been seen running."""

@@ -112,7 +112,7 @@ class Outstanding:
         """Note which have been seen running."""
         self.has_begun = True
         for no in tasks:
-            future = self.futures.get(no)
+            future = self.futures.get(no) or self.runs.get(no)
             if future is not None:
                 future.set_running()
 

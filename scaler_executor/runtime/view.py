@@ -68,14 +68,22 @@ class ClientView:
         return self._client.needs(names)
 
     def submit_run(
-        self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
+        self,
+        prepared: PreparedFunction,
+        needs: Needs,
+        function_id: int,
+        items: int,
+        payload: Payload,
+        run: Run,
+        *,
+        may_wait: bool = True,
     ) -> int | None:
         """Queue a run and number it."""
-        return self._client.submit_run(prepared, needs, function_id, items, payload, run, self.terms)
+        return self._client.submit_run(prepared, needs, function_id, items, payload, run, self.terms, may_wait=may_wait)
 
-    def take_back(self, tasks: list[int]) -> None:
-        """Cancel what has not started of these tasks, without waiting."""
-        self._client.take_back(tasks)
+    def take_back(self, tasks: list[int], kind: CancelKind = CancelKind.SOFT) -> None:
+        """Cancel what has not started of these tasks, and what runs if FORCED, without waiting."""
+        self._client.take_back(tasks, kind)
 
     def take_back_all(self, max_workers: int) -> None:
         """Cancel what has not started of its calls, without waiting."""

@@ -11,16 +11,32 @@ import pytest
 from fake_scheduler import PATIENCE_S, Background, Setting, never_called
 
 from scaler_executor import SchedulerLostError
-from scaler_executor.mapping import RUN_BYTES, RUN_ITEMS, MapCall, MapRun, _Reader
+from scaler_executor.inbox import Inbox, MapRun, UnorderedInbox
+from scaler_executor.mapping import RUN_BYTES, RUN_ITEMS, MapCall
 from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import CancelKind, InheritanceLost, ResultKind, TaskCancelConfirmType, TaskRow
 from scaler_executor.runtime.calls import RunForm, load_item, load_run
 
 
 def start(
-    setting: Setting, *iterables: Any, workers: int = 2, chunksize: int = 1, buffersize: int | None = None
+    setting: Setting,
+    *iterables: Any,
+    workers: int = 2,
+    chunksize: int = 1,
+    buffersize: int | None = None,
+    ordered: bool = True,
+    **options: Any,
 ) -> MapCall:
-    call = MapCall(setting.client, workers, never_called, iterables, chunksize=chunksize, buffersize=buffersize)
+    call = MapCall(
+        setting.client,
+        workers,
+        never_called,
+        iterables,
+        inbox=Inbox() if ordered else UnorderedInbox(),
+        chunksize=chunksize,
+        buffersize=buffersize,
+        **options,
+    )
     call.fill()
     return call
 
@@ -80,6 +96,98 @@ def test_inheritance_lost_between_two_runs(setting: Setting) -> None:
     for row in rows_of(setting, 2):
         echo(setting, row)
     assert list(call.results(None)) == [1, 2]
+
+
+def test_unordered_results_are_yielded_as_they_come(setting: Setting) -> None:
+    """Ranges of any run, in the order in which the scheduler gives them."""
+    results = start(setting, range(20), chunksize=10, ordered=False).results(None)
+    rows = rows_of(setting, 20)
+    first_items = {row[0]: row[0] - rows[0][0] for row in rows}
+    came = []
+    for row in reversed(rows):
+        for item in reversed(range(row[1])):
+            setting.scheduler.value(row[0], first_items[row[0]] + item, item)
+            came.append(first_items[row[0]] + item)
+            assert next(results) == came[-1]
+    assert sorted(came) == list(range(20))
+    assert list(results) == []
+
+
+def test_an_unordered_consumer_is_woken(setting: Setting) -> None:
+    """It waits for whatever comes first, and times out when nothing does."""
+    results = start(setting, range(2), ordered=False).results(None)
+    rows = rows_of(setting, 2)
+    waiting = Background(next, results)
+    setting.scheduler.value(rows[1][0], "second")
+    assert waiting.result() == "second"
+    setting.scheduler.value(rows[0][0], "first")
+    assert list(results) == ["first"]
+    with pytest.raises(TimeoutError):
+        next(start(setting, range(2), ordered=False).results(0.0))
+
+
+def test_an_unordered_exception_is_raised_when_it_comes(setting: Setting) -> None:
+    """It ends the iteration, and what has not started is taken back: also by the runs that came behind it."""
+    results = start(setting, range(3), workers=1, ordered=False).results(None)
+    rows = rows_of(setting, 3)
+    setting.scheduler.value(rows[2][0], "fine")
+    setting.scheduler.error(rows[1][0], ValueError("of the second"))
+    assert next(results) == "fine"
+    with pytest.raises(ValueError, match="of the second"):
+        next(results)
+    assert list(results) == []
+    assert setting.scheduler.next_cancel()[0] == rows[0][0]
+
+
+def test_unordered_items_that_are_cancelled_together(setting: Setting) -> None:
+    """The answer for all that is left of a run stands for each of its items."""
+    results = start(setting, range(10), workers=1, chunksize=10, ordered=False).results(None)
+    rows = rows_of(setting, 10)
+    setting.scheduler.values(rows[0][0], 0, ["first"])
+    assert next(results) == "first"
+    setting.scheduler.on_cancel = setting.scheduler.not_found
+    setting.client.clear(PATIENCE_S)
+    with pytest.raises(CancelledError):
+        next(results)
+    assert list(results) == []
+
+
+def test_an_unordered_buffer_bounds_what_is_read_ahead(setting: Setting) -> None:
+    """Endless iterables work, and what was consumed is forgotten."""
+    setting.scheduler.on_submit = lambda row: echo(setting, row)
+    read = itertools.count()
+    call = start(setting, read, buffersize=4, ordered=False)
+    results = call.results(None)
+    seen = set()
+    for consumed in range(1, 301):
+        seen.add(next(results))
+        assert int(repr(read)[6:-1]) - consumed <= 4
+    assert len(seen) == 300 and seen <= set(range(304))
+    assert len(call.inbox._open) <= 4  # type: ignore[attr-defined]
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_items_of_a_starmap_are_the_arguments(setting: Setting) -> None:
+    """Any iterable of arguments; it is cut as that of a map is."""
+    setting.scheduler.on_submit = lambda row: (setting.scheduler.submits.put(row), echo(setting, row))[0]
+    items = [[1, 2], (3,), iter([4, 5])]
+    assert list(start(setting, items, is_starred=True).results(None)) == [(1, 2), 3, (4, 5)]
+    items = [(number, number) for number in range(5000)]
+    assert list(start(setting, items, is_starred=True).results(None)) == items
+    assert max(row[1] for row in rows_of(setting, 5003)) > 100
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_closed_iterator_stops_what_runs_if_asked_to(setting: Setting, ordered: bool) -> None:
+    """By force, and without waiting for the answer."""
+    results = start(setting, range(3), ordered=ordered, cancel_running=True).results(None)
+    rows = rows_of(setting, 3)
+    setting.scheduler.value(rows[0][0], "hit")
+    assert next(results) == "hit"
+    results.close()  # type: ignore[attr-defined]
+    cancels = [setting.scheduler.next_cancel() for _ in rows[1:]]
+    assert {cancel[0] for cancel in cancels} == {row[0] for row in rows[1:]}
+    assert {cancel[2] for cancel in cancels} == {CancelKind.FORCED}
 
 
 @pytest.mark.parametrize("count", [1, 5, 50, 5000])
@@ -175,7 +283,7 @@ def test_an_items_exception_is_raised_at_its_place(setting: Setting, kind: str) 
 
 def test_a_range_that_crosses_the_end_of_its_run_is_not_missed() -> None:
     """The consumer looks for a range, then for the end of the run; both come in between: the range counts."""
-    run = MapRun(2, _Reader())
+    run = MapRun(2, Inbox())
 
     class Crossed(dict[int, Any]):
         def pop(self, first: int, default: Any = None) -> Any:
