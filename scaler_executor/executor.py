@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec, Self
 
+    from scaler_executor.aio import AsyncMap
     from scaler_executor.future import ScalerFuture
     from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.remote import RemoteCluster
@@ -271,6 +272,51 @@ class ScalerExecutor(Executor):
             cancel_running=cancel_running,
             progress=progress,
         )
+
+    async def asubmit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call and await its result, in asyncio.
+
+        It is submitted when this is first awaited, so inside of a task at once: `asyncio.gather`, task groups and
+        `asyncio.timeout` do what they say. It is pickled in the loop's thread; where `submit` would wait since much is
+        unsent, others have their turns. Cancelling the awaiting task stops the call as `ScalerFuture.cancel` does: the
+        loop is not held up, and the task ends before the call has.
+
+        Raises:
+            asyncio.CancelledError: The task was cancelled; or the call, by `clear` say.
+            BaseException: What the call raises, and what `submit` raises.
+        """
+        from scaler_executor.aio import submit
+
+        return await submit(self, fn, args, kwargs, getattr(self.submit, "__func__", None) is not ScalerExecutor.submit)
+
+    def amap(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any] | AsyncIterable[Any],
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        ordered: bool = True,
+        progress: bool | str = False,
+    ) -> AsyncMap[T]:
+        """As `map`, for `async for`, of iterables of either kind, which are read while results are awaited.
+
+        Nothing is submitted before the first result is asked for. An iterator that is left early, by `break`, by an
+        exception, by a timeout or since its task was cancelled, stops all of its calls, those that run as well, as
+        `ScalerFuture.cancel` does and without holding up the loop. One that somebody else still refers to is left by
+        its `aclose()`.
+
+        Args:
+            fn: Called with one item of each iterable.
+            iterables: Read in the loop's thread, a few milliseconds at a time, as far as `buffersize` allows.
+            chunksize, buffersize, ordered, progress: As for `map`.
+
+        Raises:
+            ValueError, TypeError: As `map`.
+        """
+        chunksize, buffersize = check_sizes(chunksize, buffersize)
+        from scaler_executor.aio import amap
+
+        return amap(self, fn, iterables, chunksize=chunksize, buffersize=buffersize, ordered=ordered, progress=progress)
 
     def with_options(
         self,

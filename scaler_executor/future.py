@@ -322,6 +322,15 @@ class ScalerFuture(Future[T]):
         """As `Future.set_running_or_notify_cancel`, except that for a cancelled future it may be called again."""
         return not self.cancelled() and super().set_running_or_notify_cancel()
 
+    def tell(self, waiter: Any) -> bool:
+        """Have a waiter, of the kind that `concurrent.futures.wait` has, told when the call is over, in the thread that
+        settles it. Return False if it is over already."""
+        with self._condition:
+            if self._state in _DONE:
+                return False
+            self._waiters.append(waiter)
+        return True
+
     def invoke_callbacks(self) -> None:
         """Call the done-callbacks, in order, and forget them."""
         for callback in self.__dict__.pop("_done_callbacks", ()):

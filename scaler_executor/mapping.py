@@ -57,11 +57,17 @@ _COMPLETE: Final = frozenset(
         *(type(iter(view)) for view in _VIEWS),
         itertools.count,
         itertools.repeat,
+        itertools.product,
+        itertools.permutations,
+        itertools.combinations,
+        itertools.combinations_with_replacement,
     }
 )
 
 
 def _has_its_items(iterable: Iterable[Any]) -> bool:
+    if type(iterable) is zip:
+        return all(map(_has_its_items, iterable.__reduce__()[1]))
     return type(iterable) in _COMPLETE or type(iterable).__module__ in ("numpy", "array")
 
 
@@ -286,13 +292,19 @@ class MapCall:
                 items.extend(islice(self._items, wanted))
             finally:
                 # Also what an iterable has given before it failed: it was there to be submitted.
-                self.is_exhausted = len(items) < wanted
+                is_last = self.is_exhausted = len(items) < wanted
                 if items:
                     self.submit(items)
-                if self.is_exhausted and self._meter is not None:
-                    self._meter.complete()
+                if is_last:
+                    self.exhausted()
             if until is not None and time.monotonic() > until:
                 return
+
+    def exhausted(self) -> None:
+        """Note that there are no more items, where they come by `submit` alone."""
+        self.is_exhausted = True
+        if self._meter is not None:
+            self._meter.complete()
 
     @property
     def has_room(self) -> bool:

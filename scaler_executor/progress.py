@@ -84,12 +84,12 @@ class Meter:
         if kind not in _GOOD:
             self._failed += count
 
-    def close(self) -> None:
-        """Draw for the last time."""
+    def close(self, limit_s: float = CLOSE_S) -> None:
+        """Draw for the last time, and wait for that so long."""
         if not self._closed.is_set():
             self._closed.set()
             if self._thread is not threading.current_thread():  # which may be collecting garbage
-                self._thread.join(CLOSE_S)
+                self._thread.join(limit_s)
 
     def _run(self) -> None:
         bar = self._make_bar()

@@ -283,7 +283,13 @@ class ClientFutureManager:
             self._ring()  # see `_tell_close`
 
     def submit(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        terms: Terms | None = None,
+        *,
+        may_wait: bool = True,
     ) -> ScalerFuture[Any]:
         """Pickle and queue a call. What does not pickle is set on the future.
 
@@ -294,11 +300,12 @@ class ClientFutureManager:
             args: Likewise.
             kwargs: Likewise.
             terms: Of a view.
+            may_wait: Whether to wait while too much is unsent.
 
         Raises:
             RuntimeError: Closed, broken, lost or forked.
         """
-        if self._is_full:
+        if self._is_full and may_wait:
             self.await_room()
         known = self._find_call(function, self._calls if terms is None else terms.calls)
         payload = self._dumps_small((args, kwargs)) if known is not None else None
@@ -419,6 +426,11 @@ class ClientFutureManager:
         if self._asleep:
             self._wake()
         return function_id
+
+    @property
+    def is_full(self) -> bool:
+        """Whether callers wait for room."""
+        return self._is_full
 
     def await_room(self) -> None:
         """Wait until some of what was submitted has been sent, or there is no more to be sent."""

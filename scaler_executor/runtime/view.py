@@ -55,9 +55,20 @@ class ClientView:
         self.check_open()
         self._client.start()
 
-    def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
+    def submit(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, may_wait: bool = True
+    ) -> ScalerFuture[Any]:
         """Pickle and queue a call."""
-        return self._client.submit(function, args, kwargs, self.terms)
+        return self._client.submit(function, args, kwargs, self.terms, may_wait=may_wait)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether callers wait for room."""
+        return self._client.is_full
+
+    def await_room(self) -> None:
+        """Wait for room."""
+        self._client.await_room()
 
     def prepare(self, function: Any) -> PreparedFunction:
         """Make a function ready for `submit_run`."""

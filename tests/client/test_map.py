@@ -174,7 +174,11 @@ def test_items_of_a_starmap_are_the_arguments(setting: Setting) -> None:
     assert list(start(setting, items, is_starred=True).results(None)) == [(1, 2), 3, (4, 5)]
     items = [(number, number) for number in range(5000)]
     assert list(start(setting, items, is_starred=True).results(None)) == items
-    assert max(row[1] for row in rows_of(setting, 5003)) > 100
+    assert list(start(setting, zip(range(5000), range(5000)), is_starred=True).results(None)) == items  # noqa: B905
+    assert sum(row[1] > 100 for row in rows_of(setting, 10003)) > 20
+    generated = zip(range(3), (number for number in range(3)))  # noqa: B905 - which may wait for the results before
+    assert len(list(start(setting, generated, is_starred=True).results(None))) == 3
+    assert [row[1] for row in rows_of(setting, 3)] == [1] * 3
 
 
 @pytest.mark.parametrize("ordered", [True, False])
