@@ -148,8 +148,8 @@ def _map_by_submit(
     """Map as the standard library does, by the executor's `submit`: there are programs that put their own there, to
     count the calls that are done say."""
     chunks = iter(lambda: list(islice(items, chunksize)), [])
-    #: In order.
-    pending: dict[Future[list[Any]], None] = {}
+    #: {future: number of its items}, in order.
+    pending: dict[Future[list[Any]], int] = {}
     arrived: SimpleQueue[Future[list[Any]]] = SimpleQueue()
 
     def submit_next() -> bool:
@@ -159,12 +159,11 @@ def _map_by_submit(
                 meter.complete()
             return False
         future = executor.submit(partial(_call_all, function), chunk)
-        pending[future] = None
+        pending[future] = len(chunk)
         if not ordered:
             future.add_done_callback(arrived.put)
         if meter is not None:
             meter.expect(len(chunk))
-            future.add_done_callback(partial(_count, meter, len(chunk)))
         return True
 
     def next_future() -> Future[list[Any]]:
@@ -181,9 +180,18 @@ def _map_by_submit(
 
     def results() -> Iterator[Any]:
         try:
+            if meter is not None:
+                meter.start(meter, lambda: sum(future.running() for future in list(pending)))
             while pending:
                 future = next_future()
-                values = future.result(None if end_time is None else max(0.0, end_time - time.monotonic()))
+                try:
+                    values = future.result(None if end_time is None else max(0.0, end_time - time.monotonic()))
+                except Exception:
+                    if meter is not None and future.done():
+                        meter.count(pending[future], CANCELLED if future.cancelled() else _FAILED)
+                    raise
+                if meter is not None:
+                    meter.count(pending[future], _VALUE)
                 del pending[future], future
                 if ahead is not None:
                     submit_next()
@@ -196,14 +204,7 @@ def _map_by_submit(
             if meter is not None:
                 meter.close()
 
-    iterator = results()
-    if meter is not None:
-        meter.start(iterator, lambda: sum(future.running() for future in list(pending)))
-    return iterator
-
-
-def _count(meter: Meter, count: int, future: Future[Any]) -> None:
-    meter.count(count, CANCELLED if future.cancelled() else _VALUE if future.exception() is None else _FAILED)
+    return results()
 
 
 def _call_all(function: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> list[Any]:

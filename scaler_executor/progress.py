@@ -6,7 +6,7 @@ second and draws them, so a slow terminal holds up nobody. It ends with the map,
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import threading
 import time
@@ -122,7 +122,7 @@ class PlainBar:
     def draw(self, done: int, total: int | None, remark: str) -> None:
         """Write the line over the last one."""
         line = format_line(self._label, done, total, time.monotonic() - self._start, remark)
-        line = line[: shutil.get_terminal_size().columns - 1]
+        line = line[: self._columns() - 1]
         padding = " " * (self._width - len(line))
         self._width = len(line)
         self._write(f"\r{line}{padding}")
@@ -130,6 +130,12 @@ class PlainBar:
     def close(self) -> None:
         """End the line."""
         self._write("\n")
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._file.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80  # a notebook's, say
 
     def _write(self, text: str) -> None:
         try:
