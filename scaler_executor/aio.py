@@ -202,8 +202,7 @@ class _Feed:
             may_wait=False,
             meter=self._meter,
         )
-        if self._meter is not None:
-            self._meter.start(self.call, running_in(self.call.inbox, executor.max_workers))
+        self._running = running_in(self.call.inbox, executor.max_workers)
         self._is_over = False
         self._turn_end = time.monotonic() + FILL_S
         self._task = self._loop.create_task(self._feed())
@@ -274,6 +273,8 @@ class _Feed:
                     else:
                         call.submit([arguments])
                 self._news.set()
+                if self._meter is not None and not self._meter.has_started:
+                    self._meter.start(call, self._running)
                 if time.monotonic() > end:
                     await asyncio.sleep(0)
                     end = time.monotonic() + FILL_S

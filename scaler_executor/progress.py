@@ -26,6 +26,11 @@ TICK_S: Final = 0.1
 #: So long may the last drawing hold up whoever closes the bar: a terminal may have been stopped.
 CLOSE_S: Final = 0.5
 
+#: Held while a bar is drawn, and by whoever forks this process: the child would find the locks of its streams taken.
+_DRAWING: Final = threading.Lock()
+#: Whether the thread that forks has got it: not from a bar whose terminal is stopped.
+_fork = threading.local()
+
 _GOOD: Final = (int(ResultKind.VALUE), CANCELLED)
 
 
@@ -58,11 +63,16 @@ class Meter:
         self._failed = 0
         self._running: Callable[[], int] = int
         self._owner: Callable[[], object] = object
+        self.has_started = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scaler-executor-progress")
 
     def start(self, owner: object, running: Callable[[], int] = int) -> None:
-        """Begin to draw. It goes on until all is answered, as long as `owner` may submit more or until `close`."""
+        """Begin to draw. It goes on until all is answered, as long as `owner` may submit more or until `close`.
+
+        Best after the first item was submitted, which may fork this process.
+        """
+        self.has_started = True
         self._owner = weakref.ref(owner)
         self._running = running
         try:
@@ -88,11 +98,13 @@ class Meter:
         """Draw for the last time, and wait for that so long."""
         if not self._closed.is_set():
             self._closed.set()
-            if self._thread is not threading.current_thread():  # which may be collecting garbage
+            # It may not have been started, or be this one that collects garbage.
+            if self._thread.ident not in (None, threading.get_ident()):
                 self._thread.join(limit_s)
 
     def _run(self) -> None:
-        bar = self._make_bar()
+        with _DRAWING:
+            bar = self._make_bar()
         try:
             while not self._closed.wait(TICK_S) and threading.main_thread().is_alive():
                 if (self._is_complete or self._owner() is None) and self._done >= self._expected:
@@ -100,14 +112,28 @@ class Meter:
                 self._draw(bar)
             self._draw(bar)
         finally:
-            bar.close()
+            with _DRAWING:
+                bar.close()
 
     def _draw(self, bar: Bar) -> None:
         total = self._total
         if total is None and self._is_complete:
             total = self._expected
         failed = self._failed
-        bar.draw(self._done, total, f"{failed} failed, {self._running()} running")
+        with _DRAWING:
+            bar.draw(self._done, total, f"{failed} failed, {self._running()} running")
+
+
+def _before_fork() -> None:
+    _fork.has_lock = _DRAWING.acquire(timeout=CLOSE_S)
+
+
+def _after_fork() -> None:
+    if _fork.has_lock:
+        _DRAWING.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork, after_in_parent=_after_fork)
 
 
 class PlainBar:
