@@ -159,6 +159,21 @@ async def submit(executor: ScalerExecutor, function: Callable[..., T], args: Any
         del future
 
 
+async def leave(executor: ScalerExecutor, exc_type: type[BaseException] | None) -> None:
+    """Shut an executor down, and wait for that in a thread."""
+    client = executor._client
+    if exc_type is not None and issubclass(exc_type, (asyncio.CancelledError, KeyboardInterrupt)):
+        client.close()
+        client.clear(0)
+    ending = asyncio.get_running_loop().run_in_executor(None, executor.__exit__, None, None, None)
+    try:
+        await asyncio.shield(ending)
+    except asyncio.CancelledError:
+        client.clear(0)
+        await asyncio.shield(ending)
+        raise
+
+
 class _Feed:
     """A map of an event loop: what takes items from its iterables and submits them, and knows what has come.
 

@@ -429,6 +429,17 @@ class ScalerExecutor(Executor):
         wait_until_ended(self._client, interrupted=exc_type is not None and issubclass(exc_type, KeyboardInterrupt))
         return None
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """As `__exit__`, without holding up the event loop. When the task is cancelled, all calls are stopped."""
+        from scaler_executor.aio import leave
+
+        await leave(self, exc_type)
+
 
 def _resolve_start_method(mp_context: BaseContext | None, max_tasks_per_child: int | None) -> str:
     if mp_context is not None:

@@ -235,6 +235,43 @@ def test_options_of_a_view_hold(make: Make, scene: Scene) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("when", ["never", "in the block", "at its end"])
+def test_leaving_an_async_block_does_not_hold_the_loop(scene: Scene, make: Make, when: str) -> None:
+    """It waits for what runs, and stops it when the task is cancelled."""
+    executor = make(1)
+    started, gate = scene.fifo(), scene.fifo()
+    leaving = asyncio.Event()
+
+    async def main() -> None:
+        async def block() -> str:
+            async with executor as entered:
+                assert entered is executor
+                future = executor.submit(workload.hold, started, gate, "held")
+                if when == "in the block":
+                    await asyncio.sleep(DEADLINE_S)
+                leaving.set()
+            return future.result(0)
+
+        task = asyncio.ensure_future(block())
+        pid = await hear(started)
+        if when != "in the block":
+            await leaving.wait()
+            await asyncio.sleep(0.01)
+            assert not task.done()
+        if when == "never":
+            gate.open()
+            assert await task == "held"
+        else:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(wait_gone, pid)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await executor.asubmit(workload.add, 1)
+
+    assert run(main) < GAP_S
+
+
 PROGRAM = """
 import asyncio, sys
 import workload
