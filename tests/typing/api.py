@@ -2,7 +2,8 @@
 
 import asyncio
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -70,6 +71,13 @@ def map_carries_the_return_type(executor: ScalerExecutor) -> None:
     assert_type(list(executor.map(str, iter([1, 2]), timeout=1.0, buffersize=8)), list[str])
 
 
+def maps_have_options(executor: ScalerExecutor) -> None:
+    assert_type(executor.map(power, [1], ordered=False, cancel_running=True, progress="label"), Iterator[float])
+    assert_type(executor.starmap(power, [(1, 2), [3]], buffersize=4, ordered=False, progress=True), Iterator[float])
+    executor.starmap(power, [1, 2])  # type: ignore[list-item]
+    executor.map(power, [1], progress=3)  # type: ignore[arg-type]
+
+
 def a_future_is_a_future(future: ScalerFuture[int]) -> Future[int]:
     wait([future])
     for finished in as_completed([future]):
@@ -86,6 +94,24 @@ def callbacks_get_the_future(future: ScalerFuture[int]) -> None:
 async def futures_can_be_awaited(executor: ScalerExecutor) -> None:
     assert_type(await asyncio.wrap_future(executor.submit(power, 2)), float)
     assert_type(await asyncio.get_running_loop().run_in_executor(executor, power, 2), float)
+
+
+async def numbers() -> AsyncIterator[int]:
+    yield 1
+
+
+async def calls_can_be_awaited(executor: ScalerExecutor) -> None:
+    assert_type(await executor.asubmit(power, 3, exponent=4), float)
+    await executor.asubmit(power, "3")  # type: ignore[arg-type]
+    await executor.asubmit(power)  # type: ignore[call-arg]
+    task = asyncio.create_task(executor.asubmit(power, 2))
+    assert_type(await task, float)
+    async for result in executor.amap(power, [1, 2], numbers(), buffersize=4, ordered=False, progress=True):
+        assert_type(result, float)
+    async with aclosing(executor.amap(power, numbers())) as results:
+        assert_type(await anext(results), float)
+    async with ScalerExecutor() as entered:
+        assert_type(entered, ScalerExecutor)
 
 
 def cancel_has_a_limit_and_a_kind(
