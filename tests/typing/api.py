@@ -3,9 +3,9 @@
 import asyncio
 import multiprocessing
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import aclosing
 from pathlib import Path
 
 from typing_extensions import assert_never, assert_type
