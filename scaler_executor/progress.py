@@ -147,8 +147,8 @@ class PlainBar:
 
     def draw(self, done: int, total: int | None, remark: str) -> None:
         """Write the line over the last one."""
-        line = format_line(self._label, done, total, time.monotonic() - self._start, remark)
-        line = line[: self._columns() - 1]
+        columns = self._columns() - 1
+        line = format_line(self._label, done, total, time.monotonic() - self._start, remark, columns)[:columns]
         padding = " " * (self._width - len(line))
         self._width = len(line)
         self._write(f"\r{line}{padding}")
@@ -161,7 +161,7 @@ class PlainBar:
         try:
             return os.get_terminal_size(self._file.fileno()).columns or 80
         except (OSError, ValueError):
-            return 80  # a notebook's, say
+            return 120  # a notebook's, say
 
     def _write(self, text: str) -> None:
         try:
@@ -209,8 +209,8 @@ def make_meter(progress: bool | str, total: int | None) -> Meter | None:
     return Meter(lambda: TqdmBar(tqdm, label, total), total)
 
 
-def format_line(label: str, done: int, total: int | None, elapsed_s: float, remark: str) -> str:
-    """Return the text of a bar."""
+def format_line(label: str, done: int, total: int | None, elapsed_s: float, remark: str, columns: int = 120) -> str:
+    """Return the text of a bar, with fewer marks or none where there is not enough room."""
     rate = done / elapsed_s if elapsed_s > 0 else 0.0
     speed = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s"
     label = f"{label}: " if label else ""
@@ -218,8 +218,12 @@ def format_line(label: str, done: int, total: int | None, elapsed_s: float, rema
         return f"{label}{done} [{_clock(elapsed_s)}, {speed}, {remark}]"
     part = done / total if total else 1.0
     left = _clock((total - done) / rate) if rate else "?"
-    marks = "#" * int(20 * part)
-    return f"{label}{part:4.0%} |{marks:20}| {done}/{total} [{_clock(elapsed_s)}<{left}, {speed}, {remark}]"
+    numbers = f"{done}/{total} [{_clock(elapsed_s)}<{left}, {speed}, {remark}]"
+    for marks in (20, 10, 5):
+        line = f"{label}{part:4.0%} |{'#' * int(marks * part):{marks}}| {numbers}"
+        if len(line) <= columns:
+            return line
+    return f"{label}{part:4.0%} {numbers}"
 
 
 def _clock(seconds: float) -> str:

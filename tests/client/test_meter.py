@@ -112,6 +112,8 @@ def test_lines() -> None:
     assert format_line("L", 5, 10, 2.0, "r") == "L:  50% |##########          | 5/10 [00:02<00:02, 2.50/s, r]"
     assert format_line("L", 5000, None, 3700.0, "r") == "L: 5000 [1:01:40, 1.35/s, r]"
     assert format_line("", 0, 0, 1.0, "r").startswith("100% |####################| 0/0")
+    assert format_line("L", 5, 10, 2.0, "r", 50) == "L:  50% |#####     | 5/10 [00:02<00:02, 2.50/s, r]"
+    assert format_line("L", 5, 10, 2.0, "r", 20) == "L:  50% 5/10 [00:02<00:02, 2.50/s, r]"
     assert "1,000/s" in format_line("", 1000, 2000, 1.0, "r")
 
 
