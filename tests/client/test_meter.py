@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from scaler_executor import progress
-from scaler_executor.inbox import CANCELLED
+from scaler_executor.inbox import CANCELLED, Inbox, MapRun
 from scaler_executor.progress import Meter, PlainBar, format_line, make_meter
+from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import ResultKind
+from scaler_executor.runtime.results import LOST
 
 PATIENCE_S = 20.0
 
@@ -26,10 +28,12 @@ class Bar:
         self.closed = threading.Event()
 
     def draw(self, done: int, total: int | None, remark: str) -> None:
+        assert progress._DRAWING.locked()  # nobody forks meanwhile
         self.drawn.append((done, total, remark))
         self.has_drawn.set()
 
     def close(self) -> None:
+        assert progress._DRAWING.locked()
         self.closed.set()
 
 
@@ -59,6 +63,18 @@ def test_numbers_are_drawn_at_the_end() -> None:
     meter.complete()
     meter.close()
     assert bar.drawn[-1] == (0, 1, "0 failed, 0 running")
+
+
+def test_the_rest_of_a_run_is_counted_as_what_it_is() -> None:
+    """An answer for all items that had none counts each of them."""
+    bar, owner = Bar(), Owner()
+    meter = Meter(lambda: bar, 5)
+    meter.start(owner)
+    run = MapRun(5, Inbox(meter=meter))
+    run.set_items_ready(0, 2, int(ResultKind.VALUE), b"")
+    run.set_items_ready(REST, 0, LOST, "lost")
+    meter.close()
+    assert bar.drawn[-1] == (5, 5, "3 failed, 0 running")
 
 
 @pytest.mark.parametrize("how", ["complete", "owner is garbage"])

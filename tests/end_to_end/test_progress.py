@@ -79,6 +79,7 @@ class Terminal:
             **os.environ,
             "PYTHONPATH": f"{here}{os.pathsep}{here.parent.parent}",
             "TERM": "xterm",
+            "PYTHON_COLORS": "0",
         }
         self._master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
