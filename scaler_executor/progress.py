@@ -31,7 +31,7 @@ _DRAWING: Final = threading.Lock()
 #: Whether the thread that forks has got it: not from a bar whose terminal is stopped.
 _fork = threading.local()
 
-_GOOD: Final = (int(ResultKind.VALUE), CANCELLED)
+_VALUE: Final = int(ResultKind.VALUE)
 
 
 class Bar(Protocol):
@@ -58,9 +58,11 @@ class Meter:
         #: Items that are submitted, and whether there are no more. Written by the consumer.
         self._expected = 0
         self._is_complete = False
-        #: Items that have an answer, and those of them that failed. Written by whoever brings the answers.
+        #: Items that have a result, those of them that failed, and items that were taken back or cancelled. Written by
+        #: whoever brings the answers.
         self._done = 0
         self._failed = 0
+        self._cancelled = 0
         self._running: Callable[[], int] = int
         self._owner: Callable[[], object] = object
         self.has_started = False
@@ -90,8 +92,11 @@ class Meter:
 
     def count(self, count: int, kind: int) -> None:
         """Note that so many items have an answer of this kind."""
+        if kind == CANCELLED:
+            self._cancelled += count
+            return
         self._done += count
-        if kind not in _GOOD:
+        if kind != _VALUE:
             self._failed += count
 
     def close(self, limit_s: float = CLOSE_S) -> None:
@@ -107,7 +112,7 @@ class Meter:
             bar = self._make_bar()
         try:
             while not self._closed.wait(TICK_S) and threading.main_thread().is_alive():
-                if (self._is_complete or self._owner() is None) and self._done >= self._expected:
+                if (self._is_complete or self._owner() is None) and self._done + self._cancelled >= self._expected:
                     break
                 self._draw(bar)
             self._draw(bar)
