@@ -339,6 +339,7 @@ class EmbeddedCluster(Cluster):
         assert control is not None
         try:
             config = WorkerConfig(
+                workers=self._config["max_workers"],
                 initializer=self._initializer,
                 initargs=self._initargs,
                 inherited_main=inherited_main,

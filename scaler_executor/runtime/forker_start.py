@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from scaler_executor.runtime import platform
+from scaler_executor.runtime import platform, threads
 from scaler_executor.runtime.forker import Forker
 from scaler_executor.runtime.worker_config import WorkerConfig
 
@@ -25,6 +25,7 @@ def forker_main(control: socket.socket, config: WorkerConfig, creator: int, crea
     """Run the forker in this process, which has one thread. Ends it."""
     _reset_signals()
     platform.become_subreaper()
+    threads.cap(config.workers)
     for name in config.preload:
         importlib.import_module(name)
     gc.freeze()  # a collection in a worker would write to every object, and so copy every page

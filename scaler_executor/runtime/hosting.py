@@ -60,6 +60,7 @@ class Workers:
         if not self.count:
             return None
         config = WorkerConfig(
+            workers=self.count,
             sys_path=list(sys.path),
             argv=list(sys.argv[:1]),
             identity=Identity(parent_pid=os.getpid(), start_method="spawn", authkey=os.urandom(32)),

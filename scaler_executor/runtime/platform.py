@@ -549,6 +549,16 @@ def open_descriptors() -> list[int]:
     return [fd for fd in map(int, os.listdir("/dev/fd" if PORTABLE else "/proc/self/fd")) if fd > 2]
 
 
+def loaded_libraries() -> list[str]:
+    """Return the files that this process has mapped to run code of theirs; none where that cannot be told."""
+    try:
+        with open("/proc/self/maps", errors="surrogateescape") as file:
+            fields = [line.rstrip("\n").split(None, 5) for line in file]
+    except OSError:
+        return []
+    return sorted({line[5] for line in fields if len(line) == 6 and "x" in line[1] and line[5].startswith("/")})
+
+
 def peak_memory_bytes(usage: resource.struct_rusage) -> int:
     """Return the most memory that a process has had, which only macOS counts in bytes."""
     return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024

@@ -231,6 +231,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         return None  # the initializer lived in the forker that is gone
     descriptors = config["initargs_fds"]
     worker_config = WorkerConfig(
+        workers=config["max_workers"],
         initializer_pickle=config["initializer_pickle"],
         definitions=config["definitions"],
         sys_path=config["sys_path"],

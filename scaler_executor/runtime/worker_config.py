@@ -22,6 +22,8 @@ NUDGE: Final = signal.SIGURG
 class WorkerConfig:
     """What is the same for all workers of a forker."""
 
+    #: The most at once.
+    workers: int = 1
     #: Run before the first call, with `initargs`.
     initializer: Callable[..., Any] | None = None
     initargs: tuple[Any, ...] = ()

@@ -16,6 +16,10 @@ from typing import Any
 
 from comparison import Pools, attempt
 
+from scaler_executor.runtime.threads import VARIABLES
+
+#: Apart from what every process has of its own: workers' libraries are told their share of the CPUs.
+NOT_COMPARED = ("_", "TMPDIR", *VARIABLES)
 STATE = "of the module"
 
 
@@ -32,7 +36,7 @@ def surroundings() -> dict[str, Any]:
         "filters": [(f[0], str(f[1]), f[2].__name__, str(f[3]), f[4]) for f in warnings.filters],
         "path": sys.path,
         "cwd": os.getcwd(),
-        "environment": {name: os.environ[name] for name in sorted(os.environ) if name not in ("_", "TMPDIR")},
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name not in NOT_COMPARED},
         "umask": umask(),
         "nice": os.nice(0),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
