@@ -174,6 +174,23 @@ class ScalerExecutor(Executor):
         return self._max_workers
 
     @property
+    def size(self) -> int:
+        """`max_workers`, as libraries ask for it that are made for pools: those of multiprocessing, MPI, schwimmbad."""
+        return self._max_workers
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        # By which `isinstance(executor, ProcessPoolExecutor)` holds: there are libraries that ask before they look how
+        # many workers there are, and refuse what they do not know. It is nothing that the program itself may have to
+        # import, so it is not inherited from; without it nobody can ask.
+        cls: type[Any] = type(self)
+        for name in ("concurrent.futures.process", "concurrent.futures"):
+            pool = vars(sys.modules.get(name, sys)).get("ProcessPoolExecutor")
+            if pool is not None:
+                return _as_process_pool(cls, pool)
+        return cls
+
+    @property
     def _mp_context(self) -> BaseContext:
         # Private in ProcessPoolExecutor too, but there are programs that look at it.
         import multiprocessing
@@ -439,6 +456,22 @@ class ScalerExecutor(Executor):
         from scaler_executor.aio import leave
 
         await leave(self, exc_type)
+
+
+#: What `_as_process_pool` has made.
+_made: dict[tuple[type, type], type] = {}
+
+
+def _as_process_pool(cls: type, pool: type) -> type:
+    """Return what an executor says that its class is: one that is both."""
+    for one, other in ((cls, pool), (pool, cls)):
+        if issubclass(one, other):
+            return one  # a class of ours has been put in the place of the standard library's, see `swap`
+    made = _made.get((cls, pool))
+    if made is None:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        made = _made[cls, pool] = type(cls.__name__, (cls, pool), names)
+    return made
 
 
 def _resolve_start_method(mp_context: BaseContext | None, max_tasks_per_child: int | None) -> str:

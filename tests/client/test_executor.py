@@ -3,7 +3,7 @@
 import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -61,6 +61,36 @@ def test_importing_is_cheap() -> None:
         "from scaler_executor import ScalerExecutor, ScalerFuture, CancelOutcome, TaskInterrupted;"
         "heavy = {'zmq', 'multiprocessing', 'asyncio', 'cloudpickle'} & set(sys.modules);"
         "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_libraries_ask_an_executor() -> None:
+    """How many workers it has, by the names that they know, and whether it is a ProcessPoolExecutor."""
+
+    class Own(ScalerExecutor):
+        pass
+
+    for kind in (ScalerExecutor, Own):
+        with kind(3) as executor, executor.with_options(retries=1) as view:
+            for each in (executor, view):
+                assert each.max_workers == each._max_workers == each.size == 3
+                assert isinstance(each, ScalerExecutor) and isinstance(each, ProcessPoolExecutor)
+                assert not isinstance(each, ThreadPoolExecutor) and each.__class__.__name__ == type(each).__name__
+            assert isinstance(executor, kind) and issubclass(executor.__class__, kind)
+
+
+def test_what_libraries_ask_where_the_class_is_replaced() -> None:
+    """The same, whichever class the library has taken, and none is imported for it."""
+    code = (
+        "import sys; from scaler_executor import ScalerExecutor, swap; executor = ScalerExecutor(1);"
+        "assert executor.__class__ is ScalerExecutor and 'concurrent.futures.process' not in sys.modules;"
+        "swap.install(); from concurrent.futures import ProcessPoolExecutor;"
+        "assert isinstance(executor, ProcessPoolExecutor) and isinstance(executor.with_options(), ProcessPoolExecutor);"
+        "swapped = ProcessPoolExecutor(1); assert swapped.__class__ is ProcessPoolExecutor;"
+        "import concurrent.futures.process; assert isinstance(executor, ProcessPoolExecutor);"
+        "Own = type('Own', (ScalerExecutor,), {}); own = Own(1); assert isinstance(own, ProcessPoolExecutor);"
+        "[each.shutdown() for each in (executor, swapped, own)]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
