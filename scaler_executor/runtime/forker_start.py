@@ -68,6 +68,7 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
         # A Ctrl-C is not for the child: until it has a session of its own and ignores it, it waits.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         pid = -1
+        uncap = threads.cap_for_fork(config.workers)
         try:
             pid = os.fork()
         except BaseException:
@@ -75,6 +76,7 @@ def fork_forker(config: WorkerConfig, control: socket.socket, not_inherited: lis
             raise
         finally:
             if pid:
+                uncap()
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if pid:
         os.close(creator_pidfd)

@@ -4,16 +4,16 @@ With a worker for each CPU too they would be CPUs times CPUs. So each worker get
 libraries are told, unless the user has set them, and in a fork of the user's process also what these libraries have
 counted there when they were loaded. This module knows the libraries' names for that, and nothing of workers.
 
-It runs in the forker, so that workers inherit it: no thread may be started here. OpenBLAS's own function would start
-as many as there are CPUs, to have most of them sleep. Its threads do not survive a fork, so it will start new ones when
-they are first wanted, and the variables in which it keeps their number are written instead.
+It runs in the forker, so that workers inherit it, and no thread may be started there. That is what OpenBLAS does after
+a fork when it is told a number, however low; and it would wait for a lock that another thread of the user's process may
+have had at the fork. So it is told before the fork, and told the number that it had after it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
 from scaler_executor.runtime.cgroups import cpu_count_usable
@@ -33,10 +33,50 @@ VARIABLES: Final = (
 )
 
 
+def cap_for_fork(workers: int) -> Callable[[], None]:
+    """Have this process's OpenBLAS use no more threads than is the share of one of so many workers.
+
+    Returns:
+        What undoes it, in this process.
+    """
+    told: list[tuple[Callable[[int], None], int]] = []
+    ctypes: Any = sys.modules.get("ctypes")
+    if ctypes is not None and "numpy" in sys.modules:
+        count = _read("OPENBLAS_NUM_THREADS") or _share(workers)
+        for path in loaded_libraries():
+            functions = _openblas_functions(ctypes, path) if "openblas" in os.path.basename(path) else None
+            if functions is not None:
+                get, tell = functions
+                before = get()
+                if before > count:
+                    tell(count)
+                    told.append((tell, before))
+
+    def undo() -> None:
+        for tell, before in told:
+            tell(before)
+
+    return undo
+
+
+def _openblas_functions(ctypes: Any, path: str) -> tuple[Any, Any] | None:
+    """Return how a library is asked for the number and told it, None if it has other names for that."""
+    try:
+        library = ctypes.CDLL(path, os.RTLD_NOLOAD)
+    except OSError:
+        return None  # the file has been replaced, say
+    for prefix in ("", "scipy_"):
+        for suffix in ("", "64_", "_64"):
+            get = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
+            tell = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
+            if get is not None and tell is not None:
+                return get, tell
+    return None
+
+
 def cap(workers: int) -> None:
-    """Give the libraries of this process, and of its children, the share of one of so many workers."""
-    share = max(1, cpu_count_usable() // workers)
-    _state(share, os.environ)
+    """Give the other libraries of this process, and all of its children, the share of one of so many workers."""
+    _state(_share(workers), os.environ)
     ctypes: Any = sys.modules.get("ctypes")
     if ctypes is None:
         return  # an interpreter without it: `platform.prepare` has tried
@@ -47,10 +87,14 @@ def cap(workers: int) -> None:
                 count = _read(variable)
                 if count:
                     try:
-                        lower(ctypes, ctypes.CDLL(path), count)
-                    except (OSError, AttributeError, ValueError):
+                        lower(ctypes, ctypes.CDLL(path, os.RTLD_NOLOAD), count)
+                    except (OSError, AttributeError):
                         pass  # it calls things by other names
                 break
+
+
+def _share(workers: int) -> int:
+    return max(1, cpu_count_usable() // workers)
 
 
 def _state(share: int, environment: MutableMapping[str, str]) -> None:
@@ -67,14 +111,6 @@ def _read(variable: str) -> int:
     """Return what is stated, 0 for nothing that can be counted with."""
     text = os.environ.get(variable) or os.environ.get(_FOR_ALL) or ""
     return int(text) if text.isdecimal() else 0
-
-
-def _lower_openblas(ctypes: Any, library: Any, count: int) -> None:
-    if ctypes.c_int.in_dll(library, "blas_server_avail").value:
-        return  # it has threads here
-    for name in ("blas_cpu_number", "blas_num_threads"):
-        variable = ctypes.c_int.in_dll(library, name)
-        variable.value = min(variable.value, count)
 
 
 def _lower_openmp(ctypes: Any, library: Any, count: int) -> None:
@@ -97,7 +133,6 @@ def _lower_blis(ctypes: Any, library: Any, count: int) -> None:
 
 #: What a library's file name contains, where its number is stated, and how it is told.
 _LIBRARIES: Final = (
-    (("openblas",), "OPENBLAS_NUM_THREADS", _lower_openblas),
     (("libmkl_rt",), "MKL_NUM_THREADS", _lower_mkl),
     (("libblis",), "BLIS_NUM_THREADS", _lower_blis),
     (("libgomp", "libomp", "libiomp"), _FOR_ALL, _lower_openmp),

@@ -77,11 +77,13 @@ def test_task_group(how: str, executor: ScalerExecutor, record: Record) -> None:
         return await asyncio.wrap_future(futures[-1])
 
     async def main() -> None:
-        async with asyncio.timeout(0.5 if how == "times out" else None), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
             group.create_task(call(record.watched(sleep_long)))
             await asyncio.to_thread(await_start, record)
             if how == "fails":
                 group.create_task(call(fail))
+            else:
+                limit.reschedule(asyncio.get_running_loop().time() + 0.1)
 
     if how == "fails":
         with pytest.raises(BaseExceptionGroup) as caught:  # noqa: F821 - of Python 3.11

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,8 +26,6 @@ Library = Callable[[str], ModuleType]
 def end() -> Iterator[None]:
     """The workers that joblib's calls have left for the next ones end with the module."""
     yield
-    import sys
-
     adapter = sys.modules.get("scaler_executor.adapters.joblib")
     if adapter is not None:
         adapter._kept.drop()
@@ -254,6 +254,33 @@ def test_forest_and_scores(configured: Any, library: Library) -> None:
     with configured.parallel_config("loky", n_jobs=2):
         theirs = run()
     assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
+
+
+FORKS = """
+import multiprocessing
+from scaler_executor import ScalerExecutor
+import numpy
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+data = numpy.random.default_rng(1).random((2000, 5))
+
+def fit(_):
+    return HistGradientBoostingRegressor(max_iter=5).fit(data, data.sum(axis=1)).score(data, data.sum(axis=1)) > 0.2
+
+assert fit(0)  # by OpenMP's threads
+with ScalerExecutor(mp_context=multiprocessing.get_context("fork")) as executor:
+    print(list(executor.map(fit, range(4))))
+"""
+
+
+def test_fork_of_a_process_that_has_used_openmp(library: Library, tmp_path: Path) -> None:
+    """A worker that is told to use one thread does not wait for those that its fork has not inherited."""
+    library("sklearn")
+    (tmp_path / "forks.py").write_text(FORKS)
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, str(tmp_path / "forks.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout == "[True, True, True, True]\n", done
 
 
 def test_configuration_goes_along(configured: Any, library: Library) -> None:
