@@ -29,6 +29,14 @@ class Record:
         """Return the processes that have made calls of what is watched."""
         return {int(path.suffix[1:]) for path in Path(self.directory).glob("pid.*")}
 
+    def running(self) -> set[int]:
+        """Return those of them that have not ended."""
+        return {pid for pid in self.pids() if not _has_ended(pid)}
+
+    def after_start(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, which is called when one that is watched has been."""
+        return functools.partial(_after_start, self.directory, function)
+
     def has_died(self) -> bool:
         return Path(self.directory, "dead").exists()
 
@@ -36,6 +44,19 @@ class Record:
 def _watched(directory: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Path(directory, f"pid.{os.getpid()}").touch()
     return function(*args, **kwargs)
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in "ZX"
+    except OSError:
+        return True
+
+
+def _after_start(directory: str, function: Callable[..., Any], *args: Any) -> Any:
+    while not list(Path(directory).glob("pid.*")):
+        time.sleep(0.005)
+    return function(*args)
 
 
 def _deadly(directory: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -47,7 +48,7 @@ def test_adaptive_learner_1d(library: Library, executor: ScalerExecutor, record:
 
     asyncio.run(main())
     assert learner.npoints >= 50 and all(value == x * x for x, value in learner.data.items())
-    assert len(record.pids()) == 2
+    assert record.pids() and os.getpid() not in record.pids()
     assert executor.submit(square, 3).result() == 9
 
 

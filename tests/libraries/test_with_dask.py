@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError
 from types import ModuleType
 from typing import Any
 

