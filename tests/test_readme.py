@@ -1,7 +1,8 @@
 """README's own code, run as it stands there.
 
 Every block of Python is run as a program of its own; what it takes for granted is put before it, and what it has to
-print is said here. A block without an entry has to be a program that ends by itself without complaint.
+print is said here. A block without an entry has to end by itself without complaint; it may use `ScalerExecutor` and an
+`executor` that is not its own.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ CASES = {
         "print(executor.submit(abs, -1).result())\n",
         output=r"1\n",
     ),
-    "Per-call options": Case(before=EXECUTOR, after="executor.shutdown()\n"),
+    "asyncio": Case(output=r"1024\n3\n2\n1\n0\n1\n2\n"),
     "The first hit ends the search": Case(output=r"crack\n"),
     "No call runs too long": Case(output=r"stopped\n0.1\nstopped\n0.2\n"),
     "A pool that survives segmentation faults": Case(output=r"0\n1\n4\n[^\n]*decode\(\)[^\n]*SIGSEGV(.|\n)*\n16\n25\n"),
@@ -119,6 +120,16 @@ def run(
     return done.stdout
 
 
+def whole(each: Block, case: Case) -> str:
+    """Return the program."""
+    before = case.before
+    if not before and "import ScalerExecutor" not in each.text:
+        before = "from scaler_executor import ScalerExecutor\n"
+        if not re.search(r"\bas executor:|^executor =", each.text, re.MULTILINE):
+            before = EXECUTOR
+    return before + each.text + case.after
+
+
 def in_turn() -> Iterator[object]:
     for number, each in enumerate(blocks()):
         if each.language == "python" and each.heading not in OTHERS:
@@ -131,7 +142,7 @@ def test_python(each: Block, tmp_path: Path, environment: dict[str, str]) -> Non
     case = CASES.get(each.heading, Case())
     for module in case.needs:
         pytest.importorskip(module, reason=f"needs {module}, of the extra libraries")
-    printed = run(case.before + each.text + case.after, tmp_path, environment)
+    printed = run(whole(each, case), tmp_path, environment)
     assert re.fullmatch(case.output, printed) or each.heading not in CASES, printed
 
 

@@ -58,7 +58,6 @@ def test_nevergrad(library: Library, check: Check, executor: ScalerExecutor) -> 
         run(executor, lambda _: fail)
 
 
-@pytest.mark.xfail(not hasattr(ScalerExecutor, "starmap"), reason="no starmap yet", raises=AttributeError, strict=False)
 def test_pymoo(library: Library, check: Check, executor: ScalerExecutor) -> None:
     """`StarmapParallelization(executor.starmap)`."""
     parallelization = library("pymoo.parallelization.starmap")
