@@ -212,6 +212,32 @@ def test_broken_executor(joblib: Any) -> None:
         assert joblib.Parallel()([joblib.delayed(square)(3)] * 4) == [9] * 4
 
 
+def test_served_cluster(joblib: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the environment names a cluster, its workers are used, as many as it has."""
+    adapter = sys.modules["scaler_executor.adapters.joblib"]
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "scaler_executor", "serve", "--workers", "3", "--bind", "tcp://127.0.0.1:*"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as serve:
+        try:
+            assert serve.stdout is not None
+            said = []
+            while not said or b"join it" not in said[-1]:
+                said.append(serve.stdout.readline())
+                assert said[-1], said
+            connection = tmp_path / "scaler-executor" / "default" / "connection.json"
+            monkeypatch.setenv("SCALER_EXECUTOR_ADDRESS", str(connection))
+            with joblib.parallel_config("scaler"):
+                assert joblib.effective_n_jobs() == 3
+                found = joblib.Parallel()(joblib.delayed(where)(number) for number in range(100))
+            assert [square for square, _ in found] == [number * number for number in range(100)]
+            executor = adapter._kept.take(None, None)
+            assert executor.max_workers == 3
+            adapter._kept.drop()
+            executor.shutdown()
+        finally:
+            serve.terminate()
+
+
 # scikit-learn
 
 
