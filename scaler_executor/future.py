@@ -99,19 +99,51 @@ class FutureOwner(Protocol):
         """Run the future's callbacks soon, in another thread."""
 
 
+class _Answers:
+    """The answers for which one call of `cancel_all` waits.
+
+    Not the futures' conditions: a stock `result(timeout)` takes any wake-up without a result for its timeout.
+    """
+
+    __slots__ = ("_all_here", "_came", "_expected")
+
+    def __init__(self) -> None:
+        self._came: list[None] = []
+        #: How many there are to be, once that is known.
+        self._expected: int | None = None
+        self._all_here = threading.Event()
+
+    def note(self) -> None:
+        """Take one. For any thread."""
+        self._came.append(None)
+        if len(self._came) == self._expected:
+            self._all_here.set()
+
+    def wait(self, expected: int, timeout: float | None) -> None:
+        """Return when so many are here."""
+        self._expected = expected  # before the look: one of the two sees that the last one is here
+        if len(self._came) < expected:
+            self._all_here.wait(timeout)
+
+
 class _Ask:
     """An outstanding cancel request. All that wait for it share it, also when it is raised from soft to forced."""
 
-    __slots__ = ("answered", "kind", "passed_on")
+    __slots__ = ("kind", "passed_on", "waiting")
 
     def __init__(self, kind: CancelKind) -> None:
         self.kind = kind
         #: The strongest kind that the client has taken up; set by its I/O thread. While it is less than `kind` an
         #: answer is one to an older request.
         self.passed_on = CancelKind.RECALL
-        #: Set when the future is settled or the request refused. Not the future's condition: a stock `result(timeout)`
-        #: takes any wake-up without a result for its timeout.
-        self.answered = threading.Event()
+        #: Told when the future is settled or the request refused. Added to under the future's condition, while this is
+        #: the future's request.
+        self.waiting: list[_Answers] = []
+
+    def answer(self) -> None:
+        """Tell whoever waits, once this is the future's request no more."""
+        for answers in self.waiting:
+            answers.note()
 
 
 class _LazyCondition:
@@ -295,7 +327,7 @@ class ScalerFuture(Future[T]):
                 return  # a stronger request is on its way: its answer counts
             self._ask = None
             self._cancel_outcome = outcome
-        ask.answered.set()
+        ask.answer()
 
     def set_cancel_passed_on(self, kind: CancelKind) -> None:
         """Note that a cancel request has been taken up: answers from here on are answers to it."""
@@ -386,7 +418,7 @@ class ScalerFuture(Future[T]):
                 raise InvalidStateError(f"{before}: {self!r}")
             return  # somebody outside has settled it
         if ask is not None:
-            ask.answered.set()
+            ask.answer()
         if has_callbacks:
             owner = self._get_owner()
             if owner is None:
@@ -465,8 +497,9 @@ class ScalerFuture(Future[T]):
 
     # Cancelling
 
-    def _begin_cancel(self, kind: CancelKind) -> _Ask | None:
-        """Register a cancel request. Return it, or None if the future is cancelled already."""
+    def _begin_cancel(self, kind: CancelKind, answers: _Answers) -> _Ask | None:
+        """Register a cancel request, of which `answers` are told. Return it, or None if the future is cancelled
+        already."""
         owner = self._get_owner()
         if owner is not None and self._state not in _DONE:
             owner.check_process()
@@ -485,6 +518,7 @@ class ScalerFuture(Future[T]):
                     self._cancel_outcome = None
                 elif self._ask.kind < kind:
                     self._ask.kind = kind
+                self._ask.waiting.append(answers)
                 return self._ask
         self._settle(CANCELLED_AND_NOTIFIED, CancelOutcome.CANCELED)
         return None
@@ -522,20 +556,22 @@ def cancel_all(
         True.
     """
     kind = CancelKind.FORCED if force else CancelKind.SOFT
-    answers: list[threading.Event] = []
+    answers = _Answers()
+    asked = 0
     requests: dict[FutureOwner, list[tuple[int, CancelKind]]] = {}
     may_wait = True
-    for owner, answer in others:
+    events = []
+    for owner, event in others:
         requests.setdefault(owner, [])
-        answers.append(answer)
+        events.append(event)
     try:
         for future in futures:
             if not isinstance(future, ScalerFuture):
                 future.cancel()
                 continue
-            ask = future._begin_cancel(kind)
+            ask = future._begin_cancel(kind, answers)
             if ask is not None:
-                answers.append(ask.answered)
+                asked += 1
                 cancels = requests.setdefault(future._owner, [])
                 # Also if another thread has asked for the same and not come this far: it may have been interrupted.
                 if ask.passed_on < kind:
@@ -546,13 +582,17 @@ def cancel_all(
         for owner, cancels in requests.items():
             if cancels:
                 owner.ask_cancel(cancels)
-    if answers and may_wait and all(owner.may_wait() for owner in requests):
+    if (asked or events) and may_wait and all(owner.may_wait() for owner in requests):
         limits = [owner.cancel_timeout_s for owner in requests]
-        _wait_for(answers, timeout, min((limit for limit in limits if limit is not None), default=None))
+        waits: list[Callable[[float | None], object]] = [partial(answers.wait, asked)]
+        waits += [event.wait for event in events]
+        _wait_for(waits, timeout, min((limit for limit in limits if limit is not None), default=None))
     return True
 
 
-def _wait_for(answers: list[threading.Event], timeout: float | DefaultTimeout | None, default: float | None) -> None:
+def _wait_for(
+    waits: Iterable[Callable[[float | None], object]], timeout: float | DefaultTimeout | None, default: float | None
+) -> None:
     turn = None
     if isinstance(timeout, DefaultTimeout):
         timeout = default
@@ -561,11 +601,11 @@ def _wait_for(answers: list[threading.Event], timeout: float | DefaultTimeout | 
             timeout = turn.left_s if timeout is None else min(turn.left_s, timeout)
     start = time.monotonic()
     try:
-        for answer in answers:
+        for wait in waits:
             left = None if timeout is None else timeout - (time.monotonic() - start)
             if left is not None and left <= 0:
                 return
-            answer.wait(left)
+            wait(left)
     finally:
         if turn is not None:
             turn.left_s -= time.monotonic() - start

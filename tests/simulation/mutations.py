@@ -7,12 +7,11 @@ simulator.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from scaler_executor.protocol import agent, priorities, scheduler
@@ -571,11 +570,7 @@ def pure_tests() -> list[tuple[str, Callable[[], Any]]]:
     """Return the tests of the tables, those with parameters once for each."""
     tests = []
     for name in PURE_TESTS:
-        path = Path(__file__).parent.parent / "protocol" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"pure_{name}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"{__package__.removesuffix('simulation')}protocol.{name}")
         for test_name, test in vars(module).items():
             if test_name.startswith("test_"):
                 marks = [mark.args for mark in getattr(test, "pytestmark", [])]
