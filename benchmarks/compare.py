@@ -1,15 +1,17 @@
-"""Compare ScalerExecutor with ProcessPoolExecutor: rates, latency, CPU time, cold start, and cancel.
-
-All contenders are measured in the same run, in turn, round after round, so that a machine's changing mood hits each of
-them. A cell is the median over the rounds; a ratio, the thing to look at, is the median of the ratios of single rounds.
-Every result is checked. The calls are builtins, which any worker can import whatever the start method.
+"""Compare ScalerExecutor with ProcessPoolExecutor and others: rates, latency, CPU time, memory, cancel, crashes.
 
     python benchmarks/compare.py --quick
     python benchmarks/compare.py --json figures.json
     python benchmarks/compare.py --all --json figures.json --markdown table.md --plots .
 
-With --all, so are ThreadPoolExecutor, multiprocessing.Pool, and what is installed of other libraries; the plots need
-matplotlib: `pip install -e '.[benchmarks]'`. What fails is left out from then on, and said.
+All contenders are measured in the same run, in turn, round after round, so that a machine's changing mood hits each of
+them, and each in fresh processes (see metrics.py), so that none has what another has imported or left behind. A cell is
+the median over the rounds; a ratio, the thing to look at, is the median of the ratios of single rounds.
+
+With --all, so are ThreadPoolExecutor, multiprocessing.Pool, and what is installed of other libraries, and there are
+more metrics; the plots need matplotlib: `pip install -e '.[benchmarks]'`. A cell without a figure says why, below the
+table in full: "cannot", the type of an error, "dies" where the measuring process died, or the limit of time after
+which it was given up and killed, and not tried again.
 """
 
 import argparse
@@ -19,327 +21,340 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor
-from copy import copy
-from dataclasses import asdict, dataclass
-from operator import pos
+from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
-from contenders import CONTENDERS, FORK, OURS, SPAWN, Contender, all_contenders, versions
+from contenders import CONTENDERS, FORK, OURS, SPAWN, all_contenders, versions
+from metrics import (
+    FIRST_GROUPS,
+    GROUPS,
+    LEFT_OPEN,
+    MB,
+    METRICS,
+    NEED_NUMPY,
+    QUICK,
+    Figure,
+    Sizes,
+    measure,
+    without_measuring,
+)
+from processes import adopt_orphans, await_none_left, watch
 
-from scaler_executor import ScalerExecutor
-
-_PATIENCE_S = 60.0
-
-#: {label: seconds} that calls sleep.
-DURATIONS = {"0.1 ms": 1e-4, "1 ms": 1e-3, "10 ms": 1e-2}
-#: {label: (bytes of an argument that comes back, how many times)}
-PAYLOADS = {"10 KB": (10_000, 500), "1 MB": (1_000_000, 20), "10 MB": (10_000_000, 4)}
-
-#: {metric: (unit, True if more is better)}, in the order of the table.
-METRICS = {
-    "submit": ("calls/s", True),
-    "map": ("items/s", True),
-    **{f"calls of {label}": ("calls/s", True) for label in DURATIONS},
-    **{f"echo of {label}": ("MB/s", True) for label in PAYLOADS},
-    "round trip p50": ("us", False),
-    "round trip p99": ("us", False),
-    "CPU per call": ("us", False),
-    "cold start": ("s", False),
-    "cancel p50": ("ms", False),
-    "cancel max": ("ms", False),
-}
+#: {contender: {metric: figure}}
+Round = dict[str, dict[str, Figure]]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How much is measured; `map_items_peer` is less because the peers' map is slow and only its rate counts."""
+class Cells(TypedDict):
+    """What is known of one metric."""
 
-    rounds: int = 7
-    workers: int = 2
-    calls: int = 10_000
-    map_items: int = 100_000
-    map_items_peer: int = 10_000
-    round_trips: int = 1_000
-    cold_starts: int = 2
-    cancels: int = 10
-
-
-QUICK = Sizes(rounds=3, calls=2_000, map_items=50_000, map_items_peer=2_000, round_trips=300, cold_starts=1, cancels=5)
+    #: {contender: value}
+    median: dict[str, float]
+    #: {contender: why it has no value, or what was found that is no number}
+    said: dict[str, str]
+    #: {contender: its value over that of ProcessPoolExecutor with fork}
+    to_fork: dict[str, float]
+    #: {peer: our value over the peer's}
+    ratio: dict[str, float]
 
 
-def measure(contender: Contender, sizes: Sizes) -> dict[str, float]:
-    """Measure one contender once; returns {metric: value}."""
-    figures = {}
-    with contender.make(sizes.workers) as executor:
-        _warm_up(executor, sizes.workers)
-        figures["round trip p50"], figures["round trip p99"] = _round_trip(executor, sizes.round_trips)
-        figures["submit"], figures["CPU per call"] = _submit(executor, sizes.calls)
-        figures["map"] = _map(executor, sizes.map_items if contender.maps_fast else sizes.map_items_peer)
-        for label, duration_s in DURATIONS.items():
-            figures[f"calls of {label}"] = _sleeping(executor, duration_s)
-        for label, (size_bytes, times) in PAYLOADS.items():
-            figures[f"echo of {label}"] = _echo(executor, size_bytes, times)
-        if isinstance(executor, ScalerExecutor):
-            figures["cancel p50"], figures["cancel max"] = _cancel(executor, sizes.workers, sizes.cancels)
-    figures["cold start"] = _cold_start(contender.cold_start_program.format(workers=sizes.workers), sizes.cold_starts)
-    return figures
+#: By metric, in the order of the table.
+Summary = dict[str, Cells]
 
 
-def _warm_up(executor: Executor, workers: int) -> None:
-    """Have every worker started: each needs to be busy for the next one to be."""
-    for future in [executor.submit(time.sleep, 0.1) for _ in range(workers)]:
-        future.result(timeout=_PATIENCE_S)
-    for number in range(200):
-        executor.submit(pos, number).result(timeout=_PATIENCE_S)
+class Comparison:
+    """Measures, and remembers what went wrong."""
 
+    def __init__(self, names: list[str], groups: list[str], sizes: Sizes) -> None:
+        self.names = names
+        self.groups = groups
+        self.sizes = sizes
+        self.rounds: list[Round] = []
+        #: {contender and group: what went wrong there}
+        self.failures: dict[str, str] = {}
+        #: Those (contender, group) that took too long, and what was found before.
+        self._given_up: dict[tuple[str, str], dict[str, Figure]] = {}
 
-def _round_trip(executor: Executor, round_trips: int) -> tuple[float, float]:
-    """Return p50 and p99, in us, of one call after the other."""
-    samples = []
-    for number in range(round_trips):
-        start_s = time.perf_counter()
-        result = executor.submit(pos, number).result()
-        samples.append((time.perf_counter() - start_s) * 1e6)
-        _check(result == number, "a call returns its own result")
-    samples.sort()
-    return samples[len(samples) // 2], samples[len(samples) * 99 // 100]
+    def run(self) -> None:
+        """Measure everything in each round: a group of all contenders, then the next group."""
+        for number in range(self.sizes.rounds):
+            found: Round = {name: {} for name in self.names}
+            turn = number % len(self.names)  # nobody always goes first
+            for group in self.groups:
+                print(f"round {number + 1} of {self.sizes.rounds}, {group}:", end="", file=sys.stderr, flush=True)
+                for name in self.names[turn:] + self.names[:turn]:
+                    print(f" {name}", end="", file=sys.stderr, flush=True)
+                    found[name].update(self._measure(name, group))
+                print(file=sys.stderr, flush=True)
+            self.rounds.append(found)
 
+    def _measure(self, name: str, group: str) -> dict[str, Figure]:
+        """Measure one group of one contender, in a process of its own."""
+        known = without_measuring(group, all_contenders()[0][name])
+        known = self._given_up.get((name, group)) if known is None else known
+        if known is not None:
+            return known
+        with tempfile.TemporaryDirectory() as directory:
+            output, log = Path(directory, "output"), Path(directory, "log")
+            output.touch()
+            arguments = ["--measure", group, name, json.dumps(asdict(self.sizes)), str(output)]
+            paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            with log.open("wb") as stream:
+                process = subprocess.Popen(
+                    [sys.executable, __file__, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                )
+                seen, reason = self._await(process, group == "memory")
+            left = await_none_left(10 if process.returncode == 0 and reason is None and group not in LEFT_OPEN else 0)
+            found = {**seen, **dict(map(json.loads, output.read_text().splitlines()))}
+            what = f"{name}, {group}"
+            if "error" in found:
+                self.failures[what] = str(found["error"])
+                reason = str(found.pop("error")).partition(":")[0]
+            elif reason == "dies":
+                self.failures[what] = " ".join(["died:", *log.read_text(errors="replace").strip().splitlines()[-1:]])
+            elif reason is not None:
+                self.failures[what] = f"given up after {self.sizes.limit_s:.0f} s"
+            elif left and group not in LEFT_OPEN:
+                self.failures[f"{what}, afterwards"] = f"{len(left)} processes were left after ten seconds, and killed"
+        if reason is not None:
+            found = {**{metric: reason for metric in METRICS if METRICS[metric].group == group}, **found}
+        if reason is not None and reason.startswith("over"):
+            self._given_up[name, group] = found
+        return found
 
-def _submit(executor: Executor, calls: int) -> tuple[float, float]:
-    """Return calls/s, from the first submit to the last result read, and CPU time per call in us."""
-    before = cpu_times()
-    start_s = time.perf_counter()
-    futures = [executor.submit(pos, number) for number in range(calls)]
-    results = [future.result() for future in futures]
-    elapsed_s = time.perf_counter() - start_s
-    after = cpu_times()
-    _check(results == list(range(calls)), "submitted calls return their own results")
-    used_s = sum(cpu_s - before.get(pid, 0.0) for pid, cpu_s in after.items())
-    return calls / elapsed_s, used_s / calls * 1e6
-
-
-def _map(executor: Executor, items: int) -> float:
-    """Return items/s of map with its default arguments."""
-    start_s = time.perf_counter()
-    results = list(executor.map(pos, range(items)))
-    elapsed_s = time.perf_counter() - start_s
-    _check(results == list(range(items)), "map yields its results in order")
-    return items / elapsed_s
-
-
-def _sleeping(executor: Executor, duration_s: float) -> float:
-    """Return calls/s of calls that sleep, about half a second's work."""
-    calls = int(min(2000, 1 / duration_s))
-    start_s = time.perf_counter()
-    for future in [executor.submit(time.sleep, duration_s) for _ in range(calls)]:
-        future.result()
-    return calls / (time.perf_counter() - start_s)
-
-
-def _echo(executor: Executor, size_bytes: int, times: int) -> float:
-    """Return MB/s of arguments that come back, each way counted."""
-    block = bytearray(size_bytes)
-    start_s = time.perf_counter()
-    for future in [executor.submit(copy, block) for _ in range(times)]:
-        _check(len(future.result()) == size_bytes, "a payload comes back whole")
-    return 2e-6 * size_bytes * times / (time.perf_counter() - start_s)
-
-
-def _cancel(executor: ScalerExecutor, workers: int, cancels: int) -> tuple[float, float]:
-    """Return p50 and maximum, in ms, from the cancel of a sleep in every worker until a next call's result."""
-    samples = []
-    for number in range(cancels):
-        futures = [executor.submit(time.sleep, _PATIENCE_S) for _ in range(workers)]
-        deadline_s = time.monotonic() + _PATIENCE_S
-        while not all(future.running() for future in futures):
-            _check(time.monotonic() < deadline_s, "as many calls run as there are workers")
-            time.sleep(0.001)
-        start_s = time.perf_counter()
-        executor.cancel(futures)
-        result = executor.submit(pos, number).result(timeout=_PATIENCE_S)
-        samples.append((time.perf_counter() - start_s) * 1e3)
-        _check(all(future.cancelled() for future in futures), "cancelled calls are cancelled")
-        _check(result == number, "a call after a cancel returns its own result")
-    return statistics.median(samples), max(samples)
-
-
-def _cold_start(program: str, repeats: int) -> float:
-    """Return the median seconds of a fresh interpreter that makes an executor, runs one call and exits."""
-    samples = []
-    for _ in range(repeats):
-        start_s = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", program],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            timeout=_PATIENCE_S,
-            cwd=Path(__file__).parent,
-        )
-        samples.append(time.perf_counter() - start_s)
-    return statistics.median(samples)
-
-
-def cpu_times() -> dict[int, float]:
-    """Return {pid: CPU seconds of all its threads} of this process and its descendants.
-
-    Each process has a CPU clock that others may read; unlike the ticks of /proc/<pid>/stat it counts nanoseconds.
-    """
-    times = {}
-    for pid in [os.getpid(), *descendants(os.getpid())]:
+    def _await(self, process: "subprocess.Popen[bytes]", watched: bool) -> tuple[dict[str, Figure], str | None]:
+        """Return what can be seen from outside, and what went wrong, if anything."""
+        peak = peak_shared = 0
+        deadline_s = time.monotonic() + self.sizes.limit_s
+        if watched:
+            peak, peak_shared = watch(process.pid, lambda: process.poll() is not None or time.monotonic() > deadline_s)
         try:
-            times[pid] = time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
-        except OSError:
-            continue  # it has ended since it was listed
-    return times
+            status = process.wait(max(0.0, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return {}, f"over {self.sizes.limit_s:.0f} s"
+        if status != 0:
+            return {}, "dies"
+        return {"peak memory": peak / MB, "peak shared memory": peak_shared / MB} if peak else {}, None
 
 
-def descendants(root: int) -> Iterator[int]:
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def measure_here(group: str, name: str, sizes: Sizes, output: Path) -> None:
+    """Measure a group of metrics of one contender in this process, and write a line for each as soon as it is known."""
+    with output.open("w") as stream:
+
+        def record(metric: str, value: Figure) -> None:
+            stream.write(json.dumps([metric, value]) + "\n")
+            stream.flush()
+
         try:
-            text = stat.read_text()
-        except OSError:
-            continue
-        parent = int(text.rpartition(")")[2].split()[1])
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    pending = [root]
-    while pending:
-        found = children.get(pending.pop(), [])
-        pending.extend(found)
-        yield from found
+            measure(group, all_contenders()[0][name], sizes, record)
+        except Exception as error:
+            record("error", f"{type(error).__name__}: {error}"[:500])
+            os._exit(1)  # what failed may never close
 
 
-def _check(condition: bool, claim: str) -> None:
-    """As assert, also under -O: figures of wrong results are worth nothing."""
-    if not condition:
-        raise SystemExit(f"not so, so nothing was measured: {claim}")
-
-
-def summarize(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return {metric: {"median": {contender: value}, "ratio": {peer: ours over the peer's}}}."""
-    summary = {}
+def summarize(rounds: list[Round]) -> Summary:
+    """Return the medians and ratios of all metrics that somebody has."""
+    summary: Summary = {}
     for metric in METRICS:
-        medians = {
-            name: statistics.median(figures[name][metric] for figures in rounds)
-            for name in rounds[0]
-            if metric in rounds[0][name]
-        }
-        ratios = {
-            peer: statistics.median(figures[OURS][metric] / figures[peer][metric] for figures in rounds)
-            for peer in medians
-            if peer != OURS and OURS in medians
-        }
-        summary[metric] = {"median": medians, "ratio": ratios}
+        found = {name: [figures[name][metric] for figures in rounds if metric in figures[name]] for name in rounds[0]}
+        medians: dict[str, float] = {}
+        said: dict[str, str] = {}
+        for name, figures in found.items():
+            if numbers := [figure for figure in figures if not isinstance(figure, str)]:
+                medians[name] = statistics.median(numbers)
+            if texts := [figure for figure in figures if isinstance(figure, str)]:
+                said[name] = " or ".join(sorted(set(texts)))
+                if numbers:
+                    said[name] = f"{said[name]} in {len(texts)} of {len(rounds)}"
+        if medians or said:
+            summary[metric] = {
+                "median": medians,
+                "said": said,
+                "to_fork": {name: ratio for name in medians if (ratio := _ratio(rounds, metric, name, FORK))},
+                "ratio": {name: ratio for name in medians if (ratio := _ratio(rounds, metric, OURS, name))},
+            }
     return summary
 
 
-def print_table(summary: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print the medians and ratios, one metric a line."""
-    names = list(summary["submit"]["median"])
-    print(f"{'':<24}" + "".join(f"{name:>21}" for name in names) + f"{'to fork':>10}{'to spawn':>10}")
-    for metric, (unit, more_is_better) in METRICS.items():
-        medians, ratios = summary[metric]["median"], summary[metric]["ratio"]
-        cells = "".join(f"{_number(medians.get(name)):>21}" for name in names)
-        cells += "".join(f"{f'{ratios[peer]:.2f}x' if peer in ratios else '-':>10}" for peer in (FORK, SPAWN))
-        print(f"{f'{metric}, {unit}':<24}{cells}  {'more' if more_is_better else 'less'} is better")
+def _ratio(rounds: list[Round], metric: str, one: str, other: str) -> float | None:
+    """Return the median of the ratios of single rounds, None if there is none."""
+    ratios = []
+    for figures in rounds:
+        above, below = figures.get(one, {}).get(metric), figures.get(other, {}).get(metric)
+        if one != other and isinstance(above, float) and isinstance(below, float) and below > 0:
+            ratios.append(above / below)
+    return statistics.median(ratios) if ratios else None
+
+
+def _label(metric: str, sizes: Sizes) -> str:
+    return METRICS[metric].label.format(**asdict(sizes))
+
+
+def _unit(metric: str) -> str:
+    unit = METRICS[metric].unit
+    return f"{unit} {'↑' if METRICS[metric].more_is_better else '↓'}" if unit else ""
+
+
+def print_table(summary: Summary, names: list[str], sizes: Sizes) -> None:
+    """Print the medians, and the ratios to the standard library's, one metric a line."""
+    peers = [peer for peer in (FORK, SPAWN) if peer in names]
+    print(f"{'':50}" + "".join(f"{name:>20}" for name in names) + "".join(f"{f'to {peer}':>21}" for peer in peers))
+    for metric, cells in summary.items():
+        label = ", ".join(filter(None, [_label(metric, sizes).replace("`", ""), _unit(metric)]))
+        row = [f"{_cell(cells, name)[:18]:>20}" for name in names]
+        row += [f"{_times(cells['ratio'].get(peer)):>21}" for peer in peers]
+        print(f"{label:50}" + "".join(row))
+    print(f"↑ more is better, ↓ less is better; ratios are those of {OURS}")
+
+
+def _cell(cells: Cells, name: str) -> str:
+    """Return a figure, or why there is none."""
+    parts = []
+    if name in cells["median"]:
+        parts.append(_number(cells["median"][name]))
+    if name in cells["said"]:
+        parts.append(cells["said"][name])
+    return ", ".join(parts) or "-"
 
 
 def markdown(
-    summary: dict[str, dict[str, dict[str, float]]], environment: dict[str, object], left_out: dict[str, str]
+    summary: Summary,
+    names: list[str],
+    sizes: Sizes,
+    environment: dict[str, object],
+    notes: list[str],
 ) -> str:
     """Return the medians as a table, each with its ratio to ProcessPoolExecutor's with fork."""
-    names = list(summary["submit"]["median"])
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for metric, (unit, more_is_better) in METRICS.items():
-        medians = summary[metric]["median"]
-        cells = []
+    for metric, cells in summary.items():
+        more = METRICS[metric].more_is_better
+        numbers = cells["median"]
+        best = (max if more else min)(numbers.values()) if len(numbers) > 1 else None
+        row = []
         for name in names:
-            cell = _number(medians.get(name))
-            if name != FORK and name in medians and FORK in medians:
-                cell += f" ({medians[name] / medians[FORK]:.2g} x)"
-            cells.append(cell)
-        lines.append(f"| {metric}, {unit} ({'more' if more_is_better else 'less'} is better) | {' | '.join(cells)} |")
-    lines += ["", f"In brackets: to {FORK}. " + ", ".join(f"{key} {value}" for key, value in environment.items()) + "."]
-    lines += [f"Not measured: {name} ({why})." for name, why in left_out.items()]
+            cell = _cell(cells, name)
+            if name in numbers and numbers[name] == best:
+                cell = f"**{cell}**"
+            if (ratio := cells["to_fork"].get(name)) is not None:
+                cell += f" ({ratio:.2g}x)"
+                if name == OURS and (ratio < 0.95 if more else ratio > 1.05):
+                    cell += " *worse*"
+            row.append(cell)
+        lines.append(
+            f"| {_label(metric, sizes)}{', ' if METRICS[metric].unit else ''}{_unit(metric)} | {' | '.join(row)} |"
+        )
+    lines += [
+        "",
+        f"Medians of {sizes.rounds} rounds, {sizes.workers} workers each; ↑ more is better, ↓ less is better. In "
+        f"brackets: to {FORK}, the median of the rounds' ratios. Bold: the best of its line; *worse*: {OURS} is behind "
+        f"{FORK}. " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+    ]
+    if notes:
+        lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _number(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if value >= 1e4:
+        return f"{value / 1e3:.3g}k"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def environment() -> dict[str, object]:
+    """Return what the figures depend on: the machine, Python, versions."""
+    processor = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": processor,
+        "cores": os.cpu_count() or 0,
+        "usable cores": len(os.sched_getaffinity(0)),
+        "memory": f"{memory / 2**30:.0f} GiB",
+        "kernel": platform.release(),
+        "Python": platform.python_version(),
+        **versions(),
+        "load at the start": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
 def _parse() -> tuple[Sizes, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description="Compare ScalerExecutor with ProcessPoolExecutor.")
+    parser = argparse.ArgumentParser(description="Compare ScalerExecutor with ProcessPoolExecutor and others.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer calls: a glance, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rounds and the summary there")
-    parser.add_argument("--all", action="store_true", help="all contenders that are installed")
+    parser.add_argument("--all", action="store_true", help="all contenders that are installed, and all metrics")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these: {', '.join(GROUPS)}")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="write plots there, as PNG")
     parser.add_argument("--one-cpu", action="store_true", help="pin everything to one CPU: no waking of another core")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contender is measured")
     parser.add_argument("--calls", type=int, metavar="N", help="how many calls are submitted at once")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds after which one group of one is given up")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    overrides = {key: value for key in ("rounds", "calls") if (value := getattr(arguments, key)) is not None}
+    given = {"rounds": arguments.rounds, "calls": arguments.calls, "limit_s": arguments.limit}
+    overrides = {key: value for key, value in given.items() if value is not None}
     return Sizes(**{**asdict(QUICK if arguments.quick else Sizes()), **overrides}), arguments
 
 
 def main() -> None:
     """Measure, print the table, and write the figures if asked to."""
     sizes, arguments = _parse()
+    if arguments.measure:
+        group, name, given, output = arguments.measure
+        measure_here(group, name, Sizes(**json.loads(given)), Path(output))
+        return
     if arguments.one_cpu:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    environment: dict[str, object] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "usable_cpus": len(os.sched_getaffinity(0)),
-        **versions(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    about = environment()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    adopt_orphans()
 
-    contenders, missing = all_contenders() if arguments.all else (dict(CONTENDERS), [])
-    left_out = dict.fromkeys(missing, "not installed")
-    rounds: list[dict[str, dict[str, float]]] = []
-    for number in range(sizes.rounds):
-        print(f"round {number + 1} of {sizes.rounds}", file=sys.stderr, flush=True)
-        names = list(contenders)
-        turn = number % len(names)  # nobody always goes first
-        found = {}
-        for name in names[turn:] + names[:turn]:
-            print(f"    {name}", file=sys.stderr, flush=True)
-            try:
-                found[name] = measure(contenders[name], sizes)
-            except Exception as error:
-                if name in CONTENDERS:
-                    raise
-                left_out[name] = f"{type(error).__name__}: {error}"
-                del contenders[name]
-        rounds.append(found)
-    rounds = [{name: found[name] for name in contenders} for found in rounds]
+    contenders, missing = all_contenders()
+    names = list(contenders if arguments.all else CONTENDERS)
+    groups = [group for group in GROUPS if group in (arguments.only or (GROUPS if arguments.all else FIRST_GROUPS))]
+    comparison = Comparison(names, groups, sizes)
+    comparison.run()
 
-    summary = summarize(rounds)
-    print_table(summary)
-    for name, why in left_out.items():
-        print(f"left out: {name}: {why}")
+    notes = [f"{name} is not installed" for name in missing] if arguments.all else []
+    if "numpy" not in about and set(groups) & set(NEED_NUMPY):
+        notes.append("numpy is not installed, so nothing was measured with arrays")
+    notes += [f"{what}: {why}" for what, why in comparison.failures.items()]
+    summary = summarize(comparison.rounds)
+    print_table(summary, names, sizes)
+    for note in notes:
+        print(note)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(summary, environment, left_out))
+        arguments.markdown.write_text(markdown(summary, names, sizes, about, notes))
+    if arguments.json:
+        report = {
+            "environment": about,
+            "notes": notes,
+            "sizes": asdict(sizes),
+            "summary": summary,
+            "rounds": comparison.rounds,
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     if arguments.plots:
         from plots import write_plots
 
-        write_plots(summary, list(DURATIONS.items()), list(PAYLOADS.items()), arguments.plots)
-    if arguments.json:
-        report = {
-            "environment": environment,
-            "left_out": left_out,
-            "sizes": asdict(sizes),
-            "summary": summary,
-            "rounds": rounds,
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_plots({metric: cells["median"] for metric, cells in summary.items()}, names, sizes, arguments.plots)
+    if any(what.startswith(OURS) for what in comparison.failures):
+        sys.exit(f"{OURS} failed")
 
 
 if __name__ == "__main__":

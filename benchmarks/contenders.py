@@ -27,6 +27,25 @@ class Contender:
     cold_start_program: str
     #: Its map is no slower than ours, so that it can be measured with as many items.
     maps_fast: bool = False
+    #: It runs calls in this process: what they return has not been copied, and what they break is broken here.
+    in_process: bool = False
+    #: Cancels queued calls, given executor and futures; None where nothing can.
+    cancel: Callable[[Any, list[Any]], object] | None = None
+    #: As above, calls that run.
+    stop: Callable[[Any, list[Any]], object] | None = None
+
+
+def _cancel_each(executor: Any, futures: list[Any]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+def _cancel_all(executor: Any, futures: list[Any]) -> None:
+    executor.cancel(futures)
+
+
+def _stop_all(executor: Any, futures: list[Any]) -> None:
+    executor.stop(futures)
 
 
 _COLD_START = """
@@ -116,6 +135,9 @@ class _Dask:
     def submit(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._client.submit(function, *args, pure=False)
 
+    def cancel(self, futures: list[Any]) -> None:
+        self._client.cancel(futures)
+
     def map(self, function: Callable[..., Any], items: Iterable[Any]) -> Any:
         return self._client.gather(self._client.map(function, list(items), pure=False))
 
@@ -138,6 +160,13 @@ class _Ray:
     def submit(self, function: Callable[..., Any], *args: Any) -> Any:
         return _RayResult(self._ray, self._call.remote(function, *args))
 
+    def cancel(self, futures: list[Any], force: bool = False) -> None:
+        for future in futures:
+            self._ray.cancel(future.reference, force=force)
+
+    def stop(self, futures: list[Any]) -> None:
+        self.cancel(futures, force=True)
+
     def map(self, function: Callable[..., Any], items: Iterable[Any]) -> Any:
         return self._ray.get([self._call.remote(function, item) for item in items])
 
@@ -152,10 +181,19 @@ class _RayResult:
     """A reference of ray as a future."""
 
     def __init__(self, ray: Any, reference: Any) -> None:
-        self._ray, self._reference = ray, reference
+        self._ray, self.reference = ray, reference
 
     def result(self, timeout: float | None = None) -> Any:
-        return self._ray.get(self._reference, timeout=timeout)
+        return self._ray.get(self.reference, timeout=timeout)
+
+    def cancelled(self) -> bool:
+        try:
+            self.result(timeout=10)
+        except (self._ray.exceptions.TaskCancelledError, self._ray.exceptions.WorkerCrashedError):
+            return True  # the second where the call was running
+        except self._ray.exceptions.GetTimeoutError:
+            pass
+        return False
 
 
 def _loky(workers: int) -> Any:
@@ -169,6 +207,7 @@ def _peer(start_method: str) -> Contender:
         _COLD_START.format(
             imports="import multiprocessing; from concurrent.futures import ProcessPoolExecutor", executor=made
         ),
+        cancel=_cancel_each,
     )
 
 
@@ -184,6 +223,8 @@ CONTENDERS = {
         lambda workers: ScalerExecutor(workers),
         _COLD_START.format(imports="from scaler_executor import ScalerExecutor", executor="ScalerExecutor({workers})"),
         maps_fast=True,
+        cancel=_cancel_all,
+        stop=_cancel_all,
     ),
     FORK: _peer("fork"),
     SPAWN: _peer("spawn"),
@@ -194,15 +235,17 @@ _THREADS = Contender(
     _COLD_START.format(
         imports="from concurrent.futures import ThreadPoolExecutor", executor="ThreadPoolExecutor({workers})"
     ),
+    in_process=True,
+    cancel=_cancel_each,
 )
 _STANDARD = {"ThreadPool": _THREADS, "multiprocessing.Pool": _here("_Pool", maps_fast=True)}
 #: {name: (module, contender)}
 _LIBRARIES = {
-    "loky": ("loky", _here("_loky")),
-    "pebble": ("pebble", _here("_Pebble")),
+    "loky": ("loky", _here("_loky", cancel=_cancel_each)),
+    "pebble": ("pebble", _here("_Pebble", cancel=_cancel_each, stop=_cancel_each)),
     "mpire": ("mpire", _here("_Mpire")),
-    "dask.distributed": ("distributed", _here("_Dask")),
-    "ray": ("ray", _here("_Ray")),
+    "dask.distributed": ("distributed", _here("_Dask", cancel=_cancel_all)),
+    "ray": ("ray", _here("_Ray", cancel=_cancel_all, stop=_stop_all)),
 }
 
 
@@ -219,11 +262,11 @@ def all_contenders() -> tuple[dict[str, Contender], list[str]]:
 
 
 def versions() -> dict[str, str]:
-    """Return {module: version} of what is compared."""
+    """Return {package: version} of what is compared, and of numpy."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("scaler-executor", *(module for module, _ in _LIBRARIES.values())):
+    for package in ("scaler-executor", *(module for module, _ in _LIBRARIES.values()), "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

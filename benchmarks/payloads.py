@@ -11,22 +11,21 @@ shared memory holds meanwhile, which counts in no process where it is not mapped
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-OURS = "ScalerExecutor"
-FORK = "ProcessPool fork"
-CONTENDERS = (OURS, FORK)
+from contenders import CONTENDERS, FORK, OURS
+from metrics import MB, Sizes, argument_rate, array_to_calls, check, echo, echo_of_array, last, make_array
+from metrics import measure as measure_group
+from processes import watch
+
+NAMES = (OURS, FORK)
 WORKERS = 2
-MB = 1_000_000
 
 #: {metric: (unit, True if more is better)}, in the order of the table.
 METRICS = {
@@ -46,28 +45,8 @@ METRICS = {
 data: Any = None
 
 
-def echo(value: Any) -> Any:
-    return value
-
-
-def last(value: Any) -> float:
-    return float(value[-1])
-
-
 def last_of_global(factor: int) -> float:
     return factor * float(data[-1])
-
-
-def size(value: bytes) -> int:
-    return len(value)
-
-
-def make(name: str) -> Executor:
-    if name == FORK:
-        return ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"))
-    from scaler_executor import ScalerExecutor
-
-    return ScalerExecutor(WORKERS)
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -76,30 +55,15 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start_s
 
 
-def check(condition: object, claim: str) -> None:
-    if not condition:
-        raise AssertionError(f"not so: {claim}")
-
-
 def measure(name: str, repeats: int) -> dict[str, float]:
     """Measure one contender, in this process."""
-    import numpy
-
     global data
     figures: dict[str, float] = {}
-    with make(name) as executor:
+    with CONTENDERS[name].make(WORKERS) as executor:
         for future in [executor.submit(time.sleep, 0.1) for _ in range(WORKERS)]:
             future.result()
-        array = numpy.arange(100 * MB // 8, dtype=float)
+        array = make_array()
         large = bytes(100 * MB)
-
-        def echo_array() -> None:
-            result = executor.submit(echo, array).result()
-            check(result[-1] == array[-1] and result.flags.writeable, "the array comes back, writable")
-
-        def same_array() -> None:
-            futures = [executor.submit(last, array) for _ in range(20)]
-            check([future.result() for future in futures] == [array[-1]] * 20, "each call sees the array")
 
         def changed_array() -> None:
             futures = []
@@ -116,81 +80,33 @@ def measure(name: str, repeats: int) -> dict[str, float]:
             for future in futures:
                 future.result()
 
-        def many(payload: bytes, calls: int, function: Callable[[Any], Any]) -> float:
-            elapsed_s = timed(
-                lambda: [future.result() for future in [executor.submit(function, payload) for _ in range(calls)]]
-            )
-            return calls * len(payload) / MB / elapsed_s
+        def echoes() -> None:
+            futures = [executor.submit(echo, bytes(MB)) for _ in range(200)]
+            check([len(future.result()) for future in futures] == [MB] * 200, "bytes come back")
 
-        echo_array()
-        figures["echo of a 100 MB array"] = min(timed(echo_array) for _ in range(repeats))
+        check(executor.submit(echo, array).result().flags.writeable, "an array comes back writable")
+        figures["echo of a 100 MB array"] = min(echo_of_array(executor, array) for _ in range(repeats))
         figures["echo of 100 MB bytes"] = min(
             timed(lambda: check(executor.submit(echo, large).result() == large, "bytes come back"))
             for _ in range(repeats)
         )
-        figures["one 100 MB array to 20 calls"] = timed(same_array)
+        figures["one 100 MB array to 20 calls"] = array_to_calls(executor, array, 20)
         figures["changed array to 20 calls"] = timed(changed_array)
         if name == OURS:
-            data = numpy.arange(100 * MB // 8, dtype=float)
+            data = make_array()
             figures["100 MB global of __main__, 20 calls"] = timed(by_global)
-        figures["10k calls of 10 KB"] = many(bytes(10_000), 10_000, size)
-        figures["200 calls of 1 MB"] = many(bytes(MB), 200, size)
-        figures["200 echoes of 1 MB"] = many(bytes(MB), 200, echo)
+        figures["10k calls of 10 KB"] = argument_rate(executor, bytes(10_000), 10_000)
+        figures["200 calls of 1 MB"] = argument_rate(executor, bytes(MB), 200)
+        figures["200 echoes of 1 MB"] = 200 / timed(echoes)
     return figures
-
-
-def echo_for_memory(name: str) -> None:
-    """Echo an array some times, to be watched."""
-    import numpy
-
-    with make(name) as executor:
-        for future in [executor.submit(time.sleep, 0.1) for _ in range(WORKERS)]:
-            future.result()
-        array = numpy.ones(100 * MB // 8)
-        for _ in range(3):
-            result = executor.submit(echo, array).result()
-            check(result[-1] == 1, "the array comes back")
-            del result
 
 
 def peak_memory(name: str) -> dict[str, float]:
     """Return the most memory that a contender's processes take together."""
-    shared_before = shared_bytes()
     process = subprocess.Popen([sys.executable, __file__, "--echo-for-memory", name])
-    peak_pss = peak_shared = 0
-    while process.poll() is None:
-        peak_pss = max(peak_pss, sum(map(pss_bytes, tree(process.pid))))
-        peak_shared = max(peak_shared, shared_bytes() - shared_before)
-        time.sleep(0.003)
+    peak, peak_shared = watch(process.pid, lambda: process.poll() is not None)
     check(process.returncode == 0, "the program ends well")
-    return {"peak PSS of the echo": peak_pss / MB, "peak shared memory of the echo": peak_shared / MB}
-
-
-def shared_bytes() -> int:
-    room = os.statvfs("/dev/shm")
-    return (room.f_blocks - room.f_bfree) * room.f_frsize
-
-
-def tree(pid: int) -> list[int]:
-    """Return a process and its descendants."""
-    pids = [pid]
-    for each in pids:
-        try:
-            for task in os.listdir(f"/proc/{each}/task"):
-                pids += map(int, Path(f"/proc/{each}/task/{task}/children").read_text().split())
-        except OSError:
-            pass  # it has ended
-    return pids
-
-
-def pss_bytes(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # it has ended
-    return 0
+    return {"peak PSS of the echo": peak / MB, "peak shared memory of the echo": peak_shared / MB}
 
 
 def table(rounds: list[dict[str, dict[str, float]]]) -> str:
@@ -198,7 +114,7 @@ def table(rounds: list[dict[str, dict[str, float]]]) -> str:
     lines = [f"| | {OURS} | {FORK} | ratio |", "|---|---|---|---|"]
     for metric, (unit, _) in METRICS.items():
         cells = []
-        for name in CONTENDERS:
+        for name in NAMES:
             values = [figures[name][metric] for figures in rounds if metric in figures[name]]
             cells.append(f"{statistics.median(values):.3g} {unit}" if values else "-")
         ratios = [
@@ -221,12 +137,12 @@ def main() -> None:
         print(json.dumps(measure(arguments.measure, 3)))
         return
     if arguments.echo_for_memory:
-        echo_for_memory(arguments.echo_for_memory)
+        measure_group("memory", CONTENDERS[arguments.echo_for_memory], Sizes(workers=WORKERS), lambda *_: None)
         return
     rounds = []
     for number in range(arguments.rounds or (1 if arguments.quick else 5)):
         figures = {}
-        for name in CONTENDERS if number % 2 else reversed(CONTENDERS):
+        for name in NAMES if number % 2 else reversed(NAMES):
             command = [sys.executable, __file__, "--measure", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             figures[name] = json.loads(done.stdout) | peak_memory(name)

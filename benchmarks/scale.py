@@ -19,21 +19,9 @@ from collections.abc import Callable
 from operator import pos
 from pathlib import Path
 
-from compare import cpu_times, descendants
+from processes import cpu_times, descendants, pss_bytes
 
 from scaler_executor import ScalerExecutor
-
-
-def pss_bytes() -> int:
-    """Return the memory of this process and its descendants, what several share counted once."""
-    total = 0
-    for pid in [os.getpid(), *descendants(os.getpid())]:
-        try:
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        total += 1024 * int(text.partition("\nPss:")[2].split()[0])
-    return total
 
 
 def wait_for_file(path: str) -> None:
@@ -49,12 +37,12 @@ def queued(calls: int) -> dict[str, float]:
             executor.submit(pos, number).result()
         path = os.path.join(directory, "go")
         held = executor.submit(wait_for_file, path)
-        empty_bytes, cpu = pss_bytes(), cpu_times()
+        empty_bytes, cpu = pss_bytes(os.getpid()), cpu_times()
         began = time.perf_counter()
         futures = [executor.submit(pos, number) for number in range(calls)]
         submit_s = time.perf_counter() - began
         time.sleep(0.2 + calls * 2e-6)  # until they have got where they wait
-        per_call_bytes = (pss_bytes() - empty_bytes) / calls
+        per_call_bytes = (pss_bytes(os.getpid()) - empty_bytes) / calls
         Path(path).touch()
         held.result()
         began = time.perf_counter()
@@ -92,7 +80,7 @@ def sleeping(workers: int, calls: int) -> dict[str, float]:
 def many_executors(count: int) -> dict[str, float]:
     """Return what it takes to have so many executors at once."""
     fds = len(os.listdir("/proc/self/fd"))
-    before = pss_bytes()
+    before = pss_bytes(os.getpid())
     executors: list[ScalerExecutor] = []
     opened, used = [], []
     for number in range(count):
@@ -101,7 +89,7 @@ def many_executors(count: int) -> dict[str, float]:
         opened.append(time.perf_counter() - began)
         assert executors[-1].submit(pos, number).result() == number
         used.append(time.perf_counter() - began)
-    memory = pss_bytes() - before
+    memory = pss_bytes(os.getpid()) - before
     began = time.perf_counter()
     for executor in executors:
         executor.shutdown()
