@@ -39,6 +39,7 @@ from metrics import (
     Figure,
     Sizes,
     measure,
+    short,
     without_measuring,
 )
 from processes import adopt_orphans, await_none_left, watch
@@ -117,9 +118,10 @@ class Comparison:
                 self.failures[what] = str(found["error"])
                 reason = str(found.pop("error")).partition(":")[0]
             elif reason == "dies":
-                self.failures[what] = " ".join(["died:", *log.read_text(errors="replace").strip().splitlines()[-1:]])
+                said = log.read_text(errors="replace").strip().splitlines()[-1:]
+                self.failures[what] = ": ".join([f"died with exit code {process.returncode}", *said])
             elif reason is not None:
-                self.failures[what] = f"given up after {self.sizes.limit_s:.0f} s"
+                self.failures[what] = f"given up after {self.sizes.limit_s:g} s"
             elif left and group not in LEFT_OPEN:
                 self.failures[f"{what}, afterwards"] = f"{len(left)} processes were left after ten seconds, and killed"
         if reason is not None:
@@ -137,7 +139,7 @@ class Comparison:
         try:
             status = process.wait(max(0.0, deadline_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return {}, f"over {self.sizes.limit_s:.0f} s"
+            return {}, f"over {self.sizes.limit_s:g} s"
         if status != 0:
             return {}, "dies"
         return {"peak memory": peak / MB, "peak shared memory": peak_shared / MB} if peak else {}, None
@@ -172,12 +174,13 @@ def summarize(rounds: list[Round]) -> Summary:
                 said[name] = " or ".join(sorted(set(texts)))
                 if numbers:
                     said[name] = f"{said[name]} in {len(texts)} of {len(rounds)}"
+        ranked = list(medians) if METRICS[metric].compared else []
         if medians or said:
             summary[metric] = {
                 "median": medians,
                 "said": said,
-                "to_fork": {name: ratio for name in medians if (ratio := _ratio(rounds, metric, name, FORK))},
-                "ratio": {name: ratio for name in medians if (ratio := _ratio(rounds, metric, OURS, name))},
+                "to_fork": {name: ratio for name in ranked if (ratio := _ratio(rounds, metric, name, FORK))},
+                "ratio": {name: ratio for name in ranked if (ratio := _ratio(rounds, metric, OURS, name))},
             }
     return summary
 
@@ -204,12 +207,12 @@ def _unit(metric: str) -> str:
 def print_table(summary: Summary, names: list[str], sizes: Sizes) -> None:
     """Print the medians, and the ratios to the standard library's, one metric a line."""
     peers = [peer for peer in (FORK, SPAWN) if peer in names]
-    print(f"{'':50}" + "".join(f"{name:>20}" for name in names) + "".join(f"{f'to {peer}':>21}" for peer in peers))
+    print(f"{'':62}" + "".join(f"{name:>20}" for name in names) + "".join(f"{f'to {peer}':>21}" for peer in peers))
     for metric, cells in summary.items():
         label = ", ".join(filter(None, [_label(metric, sizes).replace("`", ""), _unit(metric)]))
         row = [f"{_cell(cells, name)[:18]:>20}" for name in names]
         row += [f"{_times(cells['ratio'].get(peer)):>21}" for peer in peers]
-        print(f"{label:50}" + "".join(row))
+        print(f"{label:62}" + "".join(row))
     print(f"↑ more is better, ↓ less is better; ratios are those of {OURS}")
 
 
@@ -217,7 +220,7 @@ def _cell(cells: Cells, name: str) -> str:
     """Return a figure, or why there is none."""
     parts = []
     if name in cells["median"]:
-        parts.append(_number(cells["median"][name]))
+        parts.append(short(cells["median"][name]))
     if name in cells["said"]:
         parts.append(cells["said"][name])
     return ", ".join(parts) or "-"
@@ -231,15 +234,17 @@ def markdown(
     notes: list[str],
 ) -> str:
     """Return the medians as a table, each with its ratio to ProcessPoolExecutor's with fork."""
+    in_process = [name for name, contender in all_contenders()[0].items() if contender.in_process]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for metric, cells in summary.items():
         more = METRICS[metric].more_is_better
         numbers = cells["median"]
-        best = (max if more else min)(numbers.values()) if len(numbers) > 1 else None
+        rivals = [value for name, value in numbers.items() if name not in in_process]
+        best = (max if more else min)(rivals) if len(rivals) > 1 and METRICS[metric].compared else None
         row = []
         for name in names:
             cell = _cell(cells, name)
-            if name in numbers and numbers[name] == best:
+            if name not in in_process and numbers.get(name) == best is not None:
                 cell = f"**{cell}**"
             if (ratio := cells["to_fork"].get(name)) is not None:
                 cell += f" ({ratio:.2g}x)"
@@ -251,9 +256,9 @@ def markdown(
         )
     lines += [
         "",
-        f"Medians of {sizes.rounds} rounds, {sizes.workers} workers each; ↑ more is better, ↓ less is better. In "
-        f"brackets: to {FORK}, the median of the rounds' ratios. Bold: the best of its line; *worse*: {OURS} is behind "
-        f"{FORK}. " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+        f"Medians over rounds ({sizes.rounds}), {sizes.workers} workers each; ↑ more is better, ↓ less is better. In "
+        f"brackets: to {FORK}, the median of the rounds' ratios. Bold: the best of its line, threads aside; *worse*: "
+        f"{OURS} is behind {FORK}. " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
     ]
     if notes:
         lines += ["", *(f"- {note}" for note in notes)]
@@ -262,14 +267,6 @@ def markdown(
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _number(value: float) -> str:
-    if value >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if value >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def environment() -> dict[str, object]:
