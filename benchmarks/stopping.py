@@ -5,8 +5,9 @@
 
 There is one worker, so a next call needs the one that was stopped, or its replacement. A cancel counts as stopped when
 `executor.cancel` returns with the confirmation, and then the call has been unwound or its process is gone, which is
-checked. A crash counts from the moment when the call is about to do it, until its future has the error. Code that no
-KeyboardInterrupt stops is killed after the `cancel_grace`: it is measured with none, and a few times with the default.
+checked. A crash counts from the moment when the call is about to do it, until its future has the error and until a
+next call has its result. Code that no KeyboardInterrupt stops is killed after the `cancel_grace`: it is measured with
+none, and a few times with the default.
 
 Everything is measured by a process that has imported little more than the package, and by one with a heavy preload,
 numpy and about 200 MB of live Python objects, of which the workers are forks (or not, see --start-method). A figure is
@@ -199,7 +200,7 @@ class Measurement:
                 check(isinstance(error, WorkerDiedError), f"{case}: the call says that its worker died, not {error!r}")
                 check(result == number, "a call after a crash returns its own result")
                 self._add(f"{case}: error", failed_s - crashed_s)
-                self._add(f"{case}: then usable", usable_s - failed_s)
+                self._add(f"{case}: next result", usable_s - crashed_s)
 
     def _cancel_queued(self, case: str, calls: int, cancel: Callable[[ScalerExecutor, list[Any]], object]) -> None:
         with tempfile.TemporaryDirectory() as directory, self._executor() as executor:
