@@ -207,10 +207,10 @@ def _unit(metric: str) -> str:
 def print_table(summary: Summary, names: list[str], sizes: Sizes) -> None:
     """Print the medians, and the ratios to the standard library's, one metric a line."""
     peers = [peer for peer in (FORK, SPAWN) if peer in names]
-    print(f"{'':62}" + "".join(f"{name:>20}" for name in names) + "".join(f"{f'to {peer}':>21}" for peer in peers))
+    print(f"{'':62}" + "".join(f"{name:>21}" for name in names) + "".join(f"{f'to {peer}':>21}" for peer in peers))
     for metric, cells in summary.items():
         label = ", ".join(filter(None, [_label(metric, sizes).replace("`", ""), _unit(metric)]))
-        row = [f"{_cell(cells, name)[:18]:>20}" for name in names]
+        row = [f"{_cell(cells, name)[:19]:>21}" for name in names]
         row += [f"{_times(cells['ratio'].get(peer)):>21}" for peer in peers]
         print(f"{label:62}" + "".join(row))
     print(f"↑ more is better, ↓ less is better; ratios are those of {OURS}")

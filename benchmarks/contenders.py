@@ -147,6 +147,18 @@ class _Dask:
     def __exit__(self, *_: object) -> None:
         self._client.shutdown()
 
+    def __reduce__(self) -> Any:
+        return _DaskInside, ()
+
+
+class _DaskInside:
+    """The same, inside a call, which gives its place away before it waits for another one."""
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        distributed: Any = importlib.import_module("dask.distributed")
+        distributed.secede()
+        return distributed.get_client().submit(function, *args, pure=False)
+
 
 class _Ray:
     """ray as an executor: a remote function for each that is called."""

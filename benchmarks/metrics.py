@@ -111,13 +111,14 @@ METRICS = {
     "results beside a crash": Metric("crash", "one of 200 calls exits: results of the others", "of 199", True),
     "crashed call": Metric("crash", "that one ends with", ""),
     "usable after a crash": Metric("crash", "usable afterwards", ""),
+    "nested": Metric("nested", "calls that submit to it and wait, four deep", ""),
     "closure": Metric("closure", "lambdas and closures", ""),
 }
 #: Those that compare nothing but small calls and what they take; the rest is for `--all`.
 FIRST_GROUPS = ("small", "cancel", "cold")
 NEED_NUMPY = ("large", "memory")
 #: Here the executor is left open, since a pool that has lost a worker may never close.
-LEFT_OPEN = ("crash", "closure")
+LEFT_OPEN = ("crash", "closure", "nested")
 
 
 class WrongResultError(Exception):
@@ -168,6 +169,11 @@ def return_or_exit(number: int) -> int:
     if number == CRASH_AT:
         os._exit(3)
     return number
+
+
+def nest(executor: Any, depth: int) -> int:
+    """Return how many calls there are below this one."""
+    return 1 + int(executor.submit(nest, executor, depth - 1).result()) if depth else 0
 
 
 # What is measured, a function for each group.
@@ -414,15 +420,27 @@ def outcome(future: Any, timeout_s: float) -> Any:
         return NEVER if type(error).__name__.endswith("TimeoutError") else error
 
 
+def _nested(contender: Contender, sizes: Sizes, record: Record) -> None:
+    _does("nested", contender, sizes, record, lambda executor: executor.submit(nest, executor, 4), 4)
+
+
 def _closure(contender: Contender, sizes: Sizes, record: Record) -> None:
-    executor = contender.make(sizes.workers)
     factor = sizes.workers
+    _does("closure", contender, sizes, record, lambda executor: executor.submit(lambda: 3 * factor), 3 * factor)
+
+
+def _does(
+    metric: str, contender: Contender, sizes: Sizes, record: Record, submit: Callable[[Any], Any], expected: int
+) -> None:
+    """Record whether what `submit` submits has the expected result, or what it has in place of it."""
+    executor = contender.make(sizes.workers)
     try:
-        record(
-            "closure", "yes" if outcome(executor.submit(lambda value: factor * value, 3), 20) == 3 * factor else "no"
-        )
-    except Exception:
-        record("closure", "no")
+        ended = outcome(submit(executor), sizes.limit_s / 3)
+    except Exception as error:
+        ended = error
+    if isinstance(ended, BaseException):
+        ended = type(ended).__name__
+    record(metric, "yes" if ended == expected else str(ended))
     os._exit(0)
 
 
@@ -446,6 +464,7 @@ GROUPS: dict[str, Callable[[Contender, Sizes, Record], None]] = {
     "memory": _memory,
     "cancel": _cancel,
     "crash": _crash,
+    "nested": _nested,
     "closure": _closure,
 }
 assert GROUPS.keys() == {metric.group for metric in METRICS.values()}
