@@ -75,7 +75,7 @@ class Comparison:
         self.rounds: list[Round] = []
         #: {contender and group: what went wrong there}
         self.failures: dict[str, str] = {}
-        #: Those (contender, group) that took too long, and what was found before.
+        #: Those (contender, group) that took too long, and what is to be said of them in later rounds.
         self._given_up: dict[tuple[str, str], dict[str, Figure]] = {}
 
     def run(self) -> None:
@@ -127,7 +127,7 @@ class Comparison:
         if reason is not None:
             found = {**{metric: reason for metric in METRICS if METRICS[metric].group == group}, **found}
         if reason is not None and reason.startswith("over"):
-            self._given_up[name, group] = found
+            self._given_up[name, group] = {metric: value for metric, value in found.items() if isinstance(value, str)}
         return found
 
     def _await(self, process: "subprocess.Popen[bytes]", watched: bool) -> tuple[dict[str, Figure], str | None]:

@@ -44,6 +44,10 @@ def _cancel_all(executor: Any, futures: list[Any]) -> None:
     executor.cancel(futures)
 
 
+def _cancel_confirmed(executor: ScalerExecutor, futures: list[Any]) -> None:
+    executor.cancel(futures, timeout=None)
+
+
 def _stop_all(executor: Any, futures: list[Any]) -> None:
     executor.stop(futures)
 
@@ -235,8 +239,8 @@ CONTENDERS = {
         lambda workers: ScalerExecutor(workers),
         _COLD_START.format(imports="from scaler_executor import ScalerExecutor", executor="ScalerExecutor({workers})"),
         maps_fast=True,
-        cancel=_cancel_all,
-        stop=_cancel_all,
+        cancel=_cancel_confirmed,
+        stop=_cancel_confirmed,
     ),
     FORK: _peer("fork"),
     SPAWN: _peer("spawn"),

@@ -99,7 +99,7 @@ METRICS = {
     "cold start": Metric("cold", "cold start to exit, one call", "s"),
     "bytes per queued call": Metric("queued", "memory per queued call (PSS)", "bytes"),
     **{f"echo of {label}": Metric("small", f"bytes that come back, {label}", "MB/s", True) for label in PAYLOADS},
-    "calls of 10 KB": Metric("large", "{arguments:,} calls with 10 KB", "MB/s", True),
+    "calls of 10 KB": Metric("arguments", "{arguments:,} calls with 10 KB", "MB/s", True),
     "echo of an array": Metric("large", "array of 100 MB that comes back", "s"),
     "array to 20 calls": Metric("large", "one array of 100 MB to 20 calls", "s"),
     "peak memory": Metric("memory", "peak memory of the array that comes back (PSS)", "MB"),
@@ -276,11 +276,16 @@ def _many(contender: Contender, sizes: Sizes, record: Record) -> None:
         record("submit of many", rate)
 
 
+def _arguments(contender: Contender, sizes: Sizes, record: Record) -> None:
+    with contender.make(sizes.workers) as executor:
+        warm_up(executor, sizes.workers)
+        record("calls of 10 KB", argument_rate(executor, bytes(10_000), sizes.arguments))
+
+
 def _large(contender: Contender, sizes: Sizes, record: Record) -> None:
     array = make_array()
     with contender.make(sizes.workers) as executor:
         warm_up(executor, sizes.workers)
-        record("calls of 10 KB", argument_rate(executor, bytes(10_000), sizes.arguments))
         executor.submit(last, array).result()  # has the workers import numpy
         record("echo of an array", min(echo_of_array(executor, array) for _ in range(sizes.echoes)))
         record("array to 20 calls", array_to_calls(executor, array, 20))
@@ -460,6 +465,7 @@ GROUPS: dict[str, Callable[[Contender, Sizes, Record], None]] = {
     "many": _many,
     "cold": _cold,
     "queued": _queued,
+    "arguments": _arguments,
     "large": _large,
     "memory": _memory,
     "cancel": _cancel,

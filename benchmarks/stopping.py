@@ -149,12 +149,14 @@ class Measurement:
         for case, crash in CRASHES.items():
             self._crashes(case, crash)
         for calls in self._queued:
-            self._cancel_queued(f"{calls:,} queued calls", calls, lambda executor, futures: executor.cancel(futures))
+            self._cancel_queued(
+                f"{calls:,} queued calls", calls, lambda executor, futures: executor.cancel(futures, timeout=None)
+            )
         one_by_one = min(self._queued)
         self._cancel_queued(
             f"{one_by_one:,} queued calls, one by one",
             one_by_one,
-            lambda executor, futures: [future.cancel() for future in futures],
+            lambda executor, futures: [future.cancel(timeout=None) for future in futures],
         )
         return self.found
 
@@ -177,7 +179,7 @@ class Measurement:
                 pid = int(await_file(begun))
                 time.sleep(0.005)  # until it is where it stays
                 start_s = time.monotonic()
-                executor.cancel([future])
+                executor.cancel([future], timeout=None)
                 stopped_s = time.monotonic()
                 has_stopped = not is_running(pid) if gone else os.path.exists(ended)
                 result = executor.submit(pos, number).result(PATIENCE_S)
