@@ -24,6 +24,7 @@ from scaler_executor.protocol.agent_events import (
     Forked,
     ForkFailed,
     Freeze,
+    FromWorker,
     Frozen,
     Instruction,
     Interrupt,
@@ -40,15 +41,18 @@ from scaler_executor.protocol.agent_events import (
     Send,
     Start,
     Tick,
+    ToWorker,
 )
 from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_inheritance import Inheritance
+from scaler_executor.protocol.agent_lending import Lending
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.agent_records import RecordReader
 from scaler_executor.protocol.agent_timeouts import MAX_TIMEOUT_S, Timeouts
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.machine import Transition, unreachable
 from scaler_executor.protocol.messages import (
+    Blocked,
     Bye,
     CancelKind,
     ClientGone,
@@ -56,6 +60,7 @@ from scaler_executor.protocol.messages import (
     ClientLimited,
     Function,
     InheritanceReplaced,
+    Nested,
     Refused,
     TaskCancel,
     TaskCancelConfirmType,
@@ -90,6 +95,7 @@ class AgentState:
         self._hiring = Hiring(self._crew, self._inheritance, self._output)
         self._timeouts = Timeouts(self._output)
         self._calls = AgentCalls(self._crew, self._hiring, self._timeouts, self._output, cancel_grace_s)
+        self._lending = Lending(self._crew, self._hiring, self._calls, self._output)
         self._dispatch = Dispatch(self._crew, self._hiring, self._inheritance, self._calls, self._output)
         self._reader = RecordReader(self._crew, self._hiring, self._calls, self._timeouts, self._output)
         #: {(client_id, function_id): AgentFunction}
@@ -134,11 +140,15 @@ class AgentState:
             self._fence_at, self._calls.fenced = None, False
         elif isinstance(event, NewEpoch):
             self._new_epoch()
+        elif isinstance(event, FromWorker):
+            self._lending.said(event)
         elif isinstance(event, Drain):
             self._drain()
         else:
             unreachable(event)
         self._timers()
+        if self._crew.parked or self._lending.wanting or self._crew.is_wanted:
+            self._lending.give_back()
         self._dispatch.give_out()
         self._dispatch.freeze()
         if self._hiring.gone_clients:
@@ -151,8 +161,8 @@ class AgentState:
         """Return when the next Tick is due, or None."""
         stopping, hire_at, look_at = self._calls.stopping, self._hiring.hire_at, self._dispatch.look_at
         share_at, kill_at, timed = self._dispatch.sharing.due_at, self._hiring.kill_at, self._timeouts.running
-        others = hire_at, share_at, kill_at, self._fence_at
-        if not stopping and not timed and others == (None, None, None, None):
+        others = hire_at, share_at, kill_at, self._fence_at, self._lending.due_at
+        if not stopping and not timed and others == (None, None, None, None, None):
             return look_at  # the common case
         deadlines = [call.grace_due for call in stopping.values()]
         deadlines += self._timeouts.deadlines()
@@ -198,9 +208,13 @@ class AgentState:
             assert seqs == sorted(set(seqs)), seqs
             assert all(calls.by_id.get(call.task_id) is call and call.worker is worker for call in worker.held)
             assert all(call.client is worker.client for call in worker.held)
-            assert worker.counts == (worker.state != "LEAVING")
+            is_parked = worker.worker_id in crew.parked
+            assert worker.counts == (worker.state != "LEAVING" and not worker.is_lent and not is_parked)
+            assert not is_parked or not (worker.held or worker.is_lent or worker.state == "LEAVING")
+            assert not worker.is_lent or worker.held or worker.state == "LEAVING", worker.worker_id
+            assert worker.worker_id not in self._lending.wanting or worker.is_lent
             assert (worker.worker_id in crew.idle) == (
-                worker.state == "READY" and not worker.held and not worker.portions
+                worker.state == "READY" and not worker.held and not worker.portions and not is_parked
             ), (worker.worker_id, worker.state)
             assert not worker.held or worker.state in ("READY", "LEAVING")
         assert sum(worker.counts for worker in crew.workers.values()) == crew.staff <= crew.max_workers
@@ -237,6 +251,11 @@ class AgentState:
             self._inheritance.replaced(message.client_id, message.definitions)
         elif isinstance(message, ClientLimit):
             self._limit(message)
+        elif isinstance(message, Nested):
+            self._lending.told(message)
+        elif isinstance(message, Blocked):
+            for worker in self._lending.lend(message):
+                self._dispatch.recall(worker)
         elif isinstance(message, Welcome):
             pass
         elif isinstance(message, (Refused, Bye)):
@@ -346,7 +365,9 @@ class AgentState:
         self._hiring.reaped(worker)
         if not event.forker_lost:
             reason = self._hiring.fork_failed(worker, event.reason)
-            if reason is not None:
+            if reason is not None and self._lending.lends_all(worker.client):
+                self._lending.fail(worker.client, reason)
+            elif reason is not None:
                 self._calls.break_client(worker.client_id, reason)
 
     def _frozen(self, event: Frozen) -> None:
@@ -388,6 +409,7 @@ class AgentState:
 
     def _exited(self, event: Exited) -> None:
         worker = self._crew.workers[event.worker_id]
+        self._lending.exited(worker)
         self._hiring.reaped(worker)
         self._calls.to_freeze.pop(event.worker_id, None)
         self._timeouts.exited(event.worker_id)
@@ -471,6 +493,7 @@ __all__ = [
     "ForkFailed",
     "Forked",
     "Freeze",
+    "FromWorker",
     "Frozen",
     "Instruction",
     "Interrupt",
@@ -487,4 +510,5 @@ __all__ = [
     "Send",
     "Start",
     "Tick",
+    "ToWorker",
 ]

@@ -91,14 +91,17 @@ class AgentCalls:
     def hand_back(self, client_id: int | None) -> None:
         """Give what is queued (of one client) back to the scheduler."""
         for client in self._crew.clients.values():
-            if client_id not in (None, client.client_id):
-                continue
-            for call in [call for call in client.queue if call.state == "QUEUED"]:
-                self._unqueue(call)
-                if call.start:
-                    call = self.split_tail(call, call.start)
-                self._forget(call)
-                self._output.returned.append((call.task_id, call.attempt))
+            if client_id in (None, client.client_id):
+                queued = [call for call in client.queue if call.state == "QUEUED"]
+                self._output.returned += map(self.take_out, queued)
+
+    def take_out(self, call: Call) -> tuple[int, int]:
+        """Forget a queued call. Return the number and attempt of what is outstanding of it."""
+        self._unqueue(call)
+        if call.start:
+            call = self.split_tail(call, call.start)
+        self._forget(call)
+        return call.task_id, call.attempt
 
     def forget_all(self) -> None:
         """Forget all calls: their numbers may come again and mean others."""
@@ -379,15 +382,8 @@ class AgentCalls:
     def split_tail(self, call: Call, at: int) -> Call:
         """Make the items of `call` from `at` on a call of their own, in nobody's hands. A head without items left is
         forgotten."""
-        tail = Call(
-            call.task_id + at,
-            call.attempt,
-            call.client,
-            call.items - at,
-            call.skip + at,
-            call.function,
-            call.payload,
-        )
+        items, skip = call.items - at, call.skip + at
+        tail = Call(call.task_id + at, call.attempt, call.client, items, skip, call.function, call.payload)
         self.by_id[tail.task_id] = tail
         self._output.splits.append((call.task_id, call.attempt, at))
         call.items = at

@@ -142,7 +142,7 @@ class Worker:
         self.client_id = client.client_id
         self.state: WorkerState = "FORKING"
         self.ordered_at = ordered_at
-        #: It counts as one of `staff`: it is neither leaving nor reaped.
+        #: It counts as one of `staff`: it is neither leaving nor reaped, lends its slot, nor is parked.
         self.counts = True
         #: Since when it has had nothing in its hands, if it is idle.
         self.idle_since = 0.0
@@ -171,6 +171,12 @@ class Worker:
         self.killed = False
         #: It did not stand still, or die, in time: nothing is recalled from it, and once killed it cannot be stopped.
         self.stuck = False
+        #: Calls in it submit others.
+        self.has_session = False
+        #: The call in it that has said that it waits for others; 0: none.
+        self.asked_for = 0
+        #: That call lends its slot: the worker does not count.
+        self.is_lent = False
 
 
 class Crew:
@@ -183,6 +189,10 @@ class Crew:
         self.workers: dict[int, Worker] = {}
         #: READY workers with nothing in their hands, the one that has been so for the shortest time last.
         self.idle: dict[int, Worker] = {}
+        #: Workers with nothing in their hands that do not count, see `agent_lending`; whether somebody waits for the next
+        #: slot.
+        self.parked: dict[int, Worker] = {}
+        self.is_wanted = False
         #: {client_id: Client}, all that have or may have something here.
         self.clients: dict[int, Client] = {}
         #: Number of workers that can be counted on: not those that are leaving.
@@ -221,7 +231,8 @@ class Crew:
 
     def in_use(self, client: Client) -> int:
         """Return how many workers of `client` may be running something, or soon."""
-        stopping = sum(w.client is client and not w.counts and bool(w.held) for w in self.workers.values())
+        workers = self.workers.values()
+        stopping = sum(w.client is client and not w.counts and bool(w.held) and not w.is_lent for w in workers)
         return client.staff + stopping
 
     def choose(self, call: Call) -> Worker | None:
@@ -232,13 +243,14 @@ class Crew:
             if worker.client is client:
                 return worker
         seconds = call.function.seconds
-        if seconds is None or seconds > PORTION_S or client.owes or client.staff > client.max_workers:
+        if seconds is None or seconds > PORTION_S or client.owes or client.staff > client.max_workers or self.is_wanted:
             return None
         best: Worker | None = None
         for worker in self.workers.values():
             if (
                 worker.state == "READY"
                 and not worker.retired
+                and worker.counts
                 and worker.client is client
                 and worker.load_s <= PORTION_S
                 and worker.freeze is None

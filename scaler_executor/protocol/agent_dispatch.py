@@ -132,7 +132,7 @@ class Dispatch:
                 if client not in spare:
                     spare[client] = self._spare(client)
                 if spare[client] > 0:
-                    spare[client] -= self._recall(worker)
+                    spare[client] -= self.recall(worker)
         if again:
             self.look_at = now + LOOK_S
 
@@ -147,7 +147,7 @@ class Dispatch:
             spare = 1
         return max(spare, client.owes, client.staff - client.max_workers)
 
-    def _recall(self, worker: Worker) -> int:
+    def recall(self, worker: Worker) -> int:
         """Ask for what `worker` has not started. Return the number of calls."""
         recalled = 0
         for index, call in enumerate(worker.held):

@@ -6,7 +6,14 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from scaler_executor.protocol.messages import DeathReport, Message, ToAgentMessage, WorkerRun
+from scaler_executor.protocol.messages import (
+    DeathReport,
+    Message,
+    SessionMessage,
+    ToAgentMessage,
+    ToSessionMessage,
+    WorkerRun,
+)
 
 #: A record of a result pipe: (kind, seq, item, payload), see `page`.
 Record: TypeAlias = tuple[int, int, int, Any]
@@ -19,6 +26,13 @@ class Received(msgspec.Struct):
     """A message came from the scheduler."""
 
     message: ToAgentMessage
+
+
+class FromWorker(msgspec.Struct):
+    """The nested session of a worker says this."""
+
+    worker_id: int
+    message: SessionMessage
 
 
 class Forked(msgspec.Struct):
@@ -109,6 +123,7 @@ class Tick(msgspec.Struct):
 
 Event: TypeAlias = (
     Received
+    | FromWorker
     | Forked
     | ForkFailed
     | Records
@@ -180,8 +195,15 @@ class Look(msgspec.Struct):
     worker_id: int
 
 
+class ToWorker(msgspec.Struct):
+    """Say this to the nested session of a worker."""
+
+    worker_id: int
+    message: ToSessionMessage
+
+
 class Drained(msgspec.Struct):
     """The last worker is gone after Drain."""
 
 
-Instruction: TypeAlias = Send | Fork | Start | Interrupt | Freeze | Retire | Kill | Look | Drained
+Instruction: TypeAlias = Send | Fork | Start | Interrupt | Freeze | Retire | Kill | Look | ToWorker | Drained

@@ -87,7 +87,7 @@ class Hiring:
     def wanted(self, client: Client) -> int:
         """Return how many workers more than are on their way a client has calls for that no worker can take now."""
         workers = self._crew.workers.values()
-        coming = sum(1 for w in workers if w.client is client and w.state in ("FORKING", "STARTING"))
+        coming = sum(1 for w in workers if w.client is client and w.state in ("FORKING", "STARTING") and w.counts)
         return client.queued_items - coming
 
     def order(self, client: Client) -> None:
@@ -126,7 +126,7 @@ class Hiring:
         # What a machine lacks for a moment is no reason to give up while work goes on, and none to ask all the time.
         self.hire_at = self._output.now + FORK_RETRY_S
         client_id = worker.client_id
-        if any(other.client_id == client_id for other in self._crew.workers.values()):
+        if any(other.client_id == client_id and not other.is_lent for other in self._crew.workers.values()):
             return None
         failures = self._fork_failures[client_id] = self._fork_failures.get(client_id, 0) + 1
         return f"no worker could be started: {reason}" if failures >= MAX_FORK_FAILURES else None
@@ -169,12 +169,15 @@ class Hiring:
             self.retire(worker)
         if worker.state != "READY" or worker.held or worker.portions or worker.worker_id in self._crew.idle:
             return
+        if not worker.counts and not worker.is_lent:
+            return  # it is parked
         client = worker.client
         if client.owes:
             self._pay(client)
             self.retire(worker)
         elif (
-            self.draining
+            worker.is_lent  # its call has ended without wanting its slot: a thread of it waits on
+            or self.draining
             or worker.client_id in self.gone_clients
             or self._crew.room(worker) <= 0
             or client.staff > client.max_workers
@@ -189,9 +192,11 @@ class Hiring:
         self._crew.idle.pop(worker.worker_id, None)
         if worker.state == "LEAVING":
             return
-        self._count_out(worker)
+        self.count_out(worker)
         worker.state = "LEAVING"
         client = worker.client
+        if worker.is_lent:
+            return  # somebody has its place already
         if client.owes:
             self._pay(client)
         elif self.may_order(client) and not self._crew.is_full(client):
@@ -200,11 +205,12 @@ class Hiring:
     def retire(self, worker: Worker) -> None:
         """Let a worker with nothing in its hands exit."""
         self._crew.idle.pop(worker.worker_id, None)
+        self._crew.parked.pop(worker.worker_id, None)
         if not worker.retired:
             worker.retired = True
             if worker.state != "FORKING":
                 self._output.instructions.append(Retire(worker.worker_id))
-        self._count_out(worker)
+        self.count_out(worker)
         worker.state = "LEAVING"
 
     def _pay(self, client: Client) -> None:
@@ -217,8 +223,15 @@ class Hiring:
         self._last_turn += 1
         client.turn = self._last_turn
 
-    def _count_out(self, worker: Worker) -> None:
-        """The worker cannot be counted on any more."""
+    def count_in(self, worker: Worker) -> None:
+        """The worker can be counted on again."""
+        assert not worker.counts and worker.state != "LEAVING"
+        worker.counts = True
+        self._crew.staff += 1
+        worker.client.staff += 1
+
+    def count_out(self, worker: Worker) -> None:
+        """The worker cannot be counted on any more, or for the time."""
         if worker.counts:
             worker.counts = False
             self._crew.staff -= 1
@@ -283,16 +296,18 @@ class Hiring:
         for worker in self._crew.workers.values():
             worker.freeze = {} if worker.freeze is not None else None
             self._crew.idle.pop(worker.worker_id, None)
-            self._count_out(worker)
+            self._crew.parked.pop(worker.worker_id, None)
+            self.count_out(worker)
             worker.state, worker.retired = "LEAVING", True
             self.old_workers.add(worker.worker_id)
             self._output.instructions.append(Kill(worker.worker_id))
 
     def reaped(self, worker: Worker) -> None:
         """The worker is no more."""
-        self._count_out(worker)
+        self.count_out(worker)
         del self._crew.workers[worker.worker_id]
         self._crew.idle.pop(worker.worker_id, None)
+        self._crew.parked.pop(worker.worker_id, None)
         self.old_workers.discard(worker.worker_id)
 
 

@@ -73,7 +73,7 @@ class Sharing:
         best_surplus = 0
         for worker in self._crew.workers.values():
             owner = worker.client
-            if owner is poor or worker.state == "LEAVING" or worker.held or worker.portions:
+            if owner is poor or not worker.counts or worker.held or worker.portions:
                 continue
             surplus = owner.staff - poor.staff
             if surplus >= 2:

@@ -27,6 +27,7 @@ from scaler_executor.protocol.messages import (
     Function,
     InheritanceReplaced,
     Message,
+    Nested,
     TaskResult,
     TaskRun,
     TaskSubmit,
@@ -140,6 +141,9 @@ def tag_of(header: Any) -> int | None:
 def _place_frames(message: Any, frames: list[Any], open_segment: Callable[[int, int, int], Any] | None) -> int:
     """Put the frames where the extension values stand. Return how many are left over."""
     kind = type(message)
+    if kind is Nested:
+        message = message.message
+        kind = type(message)
     if kind is TaskResult or kind is AgentResult:
         rows = message.results
         functions: list[Function] = []

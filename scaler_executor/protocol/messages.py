@@ -20,6 +20,17 @@ import msgspec
 
 from scaler_executor.protocol.death_report import Death as Death
 from scaler_executor.protocol.death_report import DeathReport as DeathReport
+from scaler_executor.protocol.forker_messages import ForkerMessage as ForkerMessage
+from scaler_executor.protocol.forker_messages import ForkerSetup as ForkerSetup
+from scaler_executor.protocol.forker_messages import ForkWorker as ForkWorker
+from scaler_executor.protocol.forker_messages import FreezeWorker as FreezeWorker
+from scaler_executor.protocol.forker_messages import InterruptWorker as InterruptWorker
+from scaler_executor.protocol.forker_messages import KillWorker as KillWorker
+from scaler_executor.protocol.forker_messages import ToForkerMessage as ToForkerMessage
+from scaler_executor.protocol.forker_messages import WorkerExited as WorkerExited
+from scaler_executor.protocol.forker_messages import WorkerForked as WorkerForked
+from scaler_executor.protocol.forker_messages import WorkerForkFailed as WorkerForkFailed
+from scaler_executor.protocol.forker_messages import WorkerFrozen as WorkerFrozen
 from scaler_executor.protocol.status_rows import AgentStatus as AgentStatus
 from scaler_executor.protocol.status_rows import CallStatus as CallStatus
 from scaler_executor.protocol.status_rows import ClientStatus as ClientStatus
@@ -209,7 +220,7 @@ class TaskSubmit(Message, tag=5):
     tasks: list[TaskRow]
     functions: list[Function] = []
     forget: list[int] = []  # functions that no later message will name
-    parent: int = 0  # the task that submits these from inside a call
+    parent: int = 0  # of a nested session: the call that submits these, `seq` << 32 | item; 0: one that is over
 
 
 class TaskRun(Message, tag=6):
@@ -296,13 +307,15 @@ class WorkersBroken(Message, tag=18):
 
 
 class Blocked(Message, tag=19):
-    """Agent to scheduler: these calls wait for nested ones and lend their slot. Reserved: nothing sends it yet."""
+    """These calls wait for nested ones and lend their slot: worker to agent (numbers `seq`) to scheduler, which says it
+    back when what they wait for has been offered a place, and then the slot is free."""
 
     tasks: list[int]
 
 
 class Unblocked(Message, tag=20):
-    """Agent to scheduler: these calls want their slot back. Reserved: nothing sends it yet."""
+    """These calls want their slot back: worker to agent, which says it back when they have it; agent to scheduler: they
+    wait no more."""
 
     tasks: list[int]
 
@@ -400,92 +413,37 @@ class TasksAgain(Message, tag=42):
     tasks: list[AgainRow]
 
 
+class Nested(Message, tag=43):
+    """What the nested session of a worker says to the scheduler or hears from it, on its way through the agent.
+
+    `parent` is the task, and `item` its item, that submits what is in a TaskSubmit; 0: it is over. The session's calls
+    count as those of `client_id`, which the worker serves.
+    """
+
+    worker_id: int
+    message: (
+        Hello
+        | Bye
+        | TaskSubmit
+        | TaskCancel
+        | Welcome
+        | Refused
+        | TaskResult
+        | TaskCancelConfirm
+        | TaskRunning
+        | TaskRetried
+    )
+    client_id: int = 0
+    parent: int = 0
+    item: int = 0
+
+
 class WorkerRun(Message, tag=22):
     """Agent to worker: calls of one function, to be made in this order."""
 
     calls: list[WorkerCallRow]
     functions: list[Function] = []
     forget: list[int] = []
-
-
-class ForkerSetup(Message, tag=30):
-    """Agent to forker, once, with two descriptors: the bell and a pidfd of the agent's process."""
-
-    stop_deadline_s: float = 5.0
-
-
-class ForkWorker(Message, tag=31):
-    """Agent to forker."""
-
-    worker_id: int
-
-
-class InterruptWorker(Message, tag=32):
-    """Agent to forker: stop this call softly; it must not start if it has not yet."""
-
-    worker_id: int
-    seq: int
-
-
-class FreezeWorker(Message, tag=33):
-    """Agent to forker: freeze, look; kill if `kill_seq` is in progress, else take back and continue.
-
-    Taken back are the calls of `revoke` that have not been claimed and, if `split_seq` is the run in progress, its
-    items that have not been claimed.
-    """
-
-    worker_id: int
-    kill_seq: int = 0
-    revoke: list[int] = []
-    split_seq: int = 0
-
-
-class KillWorker(Message, tag=34):
-    """Agent to forker: kill the worker and its process group, whatever it does."""
-
-    worker_id: int
-
-
-class WorkerForked(Message, tag=35):
-    """Forker to agent, with four descriptors: call pair, result pipe, page, pidfd."""
-
-    worker_id: int
-    pid: int
-
-
-class WorkerForkFailed(Message, tag=36):
-    """Forker to agent."""
-
-    worker_id: int
-    reason: str
-
-
-class WorkerFrozen(Message, tag=37):
-    """Forker to agent: what the page of the frozen worker said.
-
-    `killed`: `kill_seq` was in progress and its process group has been sent SIGKILL; `WorkerExited` follows. `stuck`:
-    the worker did not stop, or did not die, within the deadline.
-    """
-
-    worker_id: int
-    current: int
-    done: int
-    item: int
-    killed: bool = False
-    stuck: bool = False
-
-
-class WorkerExited(Message, tag=38):
-    """Forker to agent: reaped. After a crash, or if it was killed, its process group is empty as well."""
-
-    worker_id: int
-    pid: int
-    exit_code: int
-    current: int
-    done: int
-    item: int
-    peak_memory_bytes: int = 0
-    out_of_memory: bool | None = None  # see `DeathReport`
 
 
 ClientMessage: TypeAlias = Hello | Bye | TaskSubmit | TasksAgain | TaskCancel | InheritanceReplaced
@@ -516,13 +474,14 @@ AgentMessage: TypeAlias = (
     | ClientLimited
     | Blocked
     | Unblocked
+    | Nested
     | Output
 )
 ToAgentMessage: TypeAlias = (
-    Welcome | Refused | TaskRun | TaskCancel | ClientGone | ClientLimit | InheritanceReplaced | Bye
+    Welcome | Refused | TaskRun | TaskCancel | ClientGone | ClientLimit | InheritanceReplaced | Blocked | Nested | Bye
 )
+SessionMessage: TypeAlias = Hello | Bye | TaskSubmit | TaskCancel | Blocked | Unblocked
+ToSessionMessage: TypeAlias = ToClientMessage | Unblocked
 ObserverMessage: TypeAlias = Hello | Bye | StatusAsk | OperatorCancel
 FromPeerMessage: TypeAlias = ClientMessage | AgentMessage | ObserverMessage
 ToObserverMessage: TypeAlias = Welcome | Refused | StatusReport | OperatorAnswer
-ToForkerMessage: TypeAlias = ForkerSetup | ForkWorker | InterruptWorker | FreezeWorker | KillWorker
-ForkerMessage: TypeAlias = WorkerForked | WorkerForkFailed | WorkerFrozen | WorkerExited

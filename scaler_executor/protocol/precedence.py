@@ -25,6 +25,7 @@ from scaler_executor.protocol.messages import (
     InheritanceLost,
     InheritanceReplaced,
     Message,
+    Nested,
     TaskCancel,
     TaskCancelConfirm,
     TaskDied,
@@ -91,6 +92,10 @@ class Keys:
             (ClientGone, ClientLimit, ClientLimited, InheritanceLost, InheritanceReplaced, WorkersBroken),
         ):
             self.exclusive.add(message.client_id)
+        elif isinstance(message, Nested):
+            # A session keeps its order, and what a call submits goes before its end.
+            self.exclusive.add(_OWN - message.worker_id)
+            self.tasks.add(message.parent)
         elif type(message) in _ROWS:
             self.tasks.update(row[0] for row in getattr(message, _ROWS[type(message)]))
         else:

@@ -19,6 +19,9 @@ from scaler_executor.protocol.functions import ReceivedFunction
 
 #: The oldest call of a queue is overtaken by no more than so many others in a row.
 OVERTAKES: Final = 64
+#: From this priority on they are those of nested calls, see `scheduler_nesting`: none of them is made to wait for what
+#: is older, or there would be ever more calls that wait for them.
+NESTED: Final = 1 << 22
 #: No distinctions are made among more priorities than this.
 MAX_RANK: Final = 8
 
@@ -75,7 +78,8 @@ class PriorityQueue(Generic[Q]):
     def popleft(self) -> Q:
         """Take the next one."""
         priority, is_oldest = self._next()
-        self._overtaken = 0 if is_oldest else self._overtaken + 1
+        if priority < NESTED:
+            self._overtaken = 0 if is_oldest else self._overtaken + 1
         level = self._levels[priority]
         item = level.popleft()
         if level:
@@ -130,6 +134,8 @@ class PriorityQueue(Generic[Q]):
         """Return the priority of the next one, and whether no other one is older."""
         has_any = bool(self)
         assert has_any
+        if self._order[-1] >= NESTED:
+            return self._order[-1], False
         oldest = self._oldest()
         chosen = oldest if self._overtaken >= OVERTAKES else self._order[-1]
         return chosen, chosen == oldest

@@ -12,7 +12,7 @@ import bisect
 from typing import Any, Final
 
 from scaler_executor.protocol.codec import RemoteProtocolError
-from scaler_executor.protocol.functions import MAX_CLIENT_FUNCTIONS, MAX_NAME, ReceivedFunction, check_function
+from scaler_executor.protocol.functions import MAX_NAME
 from scaler_executor.protocol.machine import Transition, unreachable
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
@@ -21,6 +21,7 @@ from scaler_executor.protocol.messages import (
     AgentConfirm,
     AgentMessage,
     AgentResult,
+    Blocked,
     Bye,
     CancelKind,
     ClientLimited,
@@ -28,6 +29,7 @@ from scaler_executor.protocol.messages import (
     Hello,
     InheritanceLost,
     InheritanceReplaced,
+    Nested,
     RefusalKind,
     Refused,
     ResultKind,
@@ -38,10 +40,10 @@ from scaler_executor.protocol.messages import (
     TasksAgain,
     TaskSplit,
     TaskSubmit,
+    Unblocked,
     Welcome,
     WorkersBroken,
 )
-from scaler_executor.protocol.priorities import with_priorities
 from scaler_executor.protocol.scheduler_assignment import Assignment
 from scaler_executor.protocol.scheduler_events import (
     Congested,
@@ -55,7 +57,9 @@ from scaler_executor.protocol.scheduler_events import (
     Send,
     Tick,
 )
+from scaler_executor.protocol.scheduler_intake import Intake
 from scaler_executor.protocol.scheduler_limits import Limits
+from scaler_executor.protocol.scheduler_nesting import Nesting
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import (
     FENCING,
@@ -73,7 +77,6 @@ from scaler_executor.protocol.scheduler_tasks import (
     NOT_FOUND,
     STATES,
     TABLE,
-    TASK_BYTES,
     SchedulerTasks,
 )
 
@@ -100,13 +103,12 @@ class SchedulerState:
 
     def __init__(self, python: str = "", max_client_bytes: int | None = None) -> None:
         self._python = python
-        self._max_client_bytes = max_client_bytes
-        #: Clients that have too much here.
-        self._held: list[Client] = []
         self._output = SchedulerOutput()
         self._assignment = Assignment(self._output)
         self._limits = Limits(self._assignment, self._output)
         self._tasks = SchedulerTasks(self._assignment, self._output)
+        self._intake = Intake(self._tasks, self._assignment, self._output, max_client_bytes)
+        self._nesting = Nesting(self._tasks, self._assignment, self._intake, self._output)
         #: {peer: Client, Agent or Observer}, from Hello until the peer is lost or says Bye.
         self._peers: dict[int, Client | Agent | Observer] = {}
         self._desk = InquiryDesk(self._peers, self._tasks, self._output, python)
@@ -153,8 +155,10 @@ class SchedulerState:
             self._limits.divide()
         if self._closing is not None:
             self._give_back(self._closing)
-        if self._held:
-            self._release()
+        if self._intake.held:
+            self._intake.release()
+        if self._nesting.leaving:
+            self._let_leave()
         self._assignment.pump()
         if len(self._assignment.agents) > 1:
             for task in self._assignment.to_recall():
@@ -258,11 +262,14 @@ class SchedulerState:
         self._output.instructions += [Send(peer_id, Refused(reason, kind)), Drop(peer_id, reason, error=True)]
 
     def _peer_lost(self, peer_id: int, reason: str, stopped: bool, unheard_s: float = 0.0) -> None:
+        if not stopped and self._peers.get(peer_id) in self._nesting.leaving:
+            return  # a relay ends when it has said Bye
         peer = self._peers.pop(peer_id, None)
         if isinstance(peer, Client):
             self._client_lost(peer)
         elif isinstance(peer, Agent):
             self._assignment.remove(peer)
+            self._nesting.agent_lost(peer)
             self._output.touched.pop(peer, None)
             self._limits.is_due = True
             if not stopped:
@@ -270,6 +277,7 @@ class SchedulerState:
             fenced: list[Task] = []
             for task in reversed(peer.tasks()):
                 self._tasks.step(task, "AGENT_LOST", fenced, stopped)
+            self._output.touched.pop(peer, None)  # some may have been cancelled with others
             # It may have been silent for long already; then it has stopped by now.
             self._fence(FENCE_S - unheard_s, fenced, peer)
             self._check_broken()
@@ -290,17 +298,10 @@ class SchedulerState:
                 if task.state == QUEUED:
                     self._tasks.fail(task, ResultKind.LOST, reason)
 
-    def _release(self) -> None:
-        """Go on reading the clients that have not so much here any more."""
-        assert self._max_client_bytes is not None
-        for client in list(self._held):
-            if client.gone or client.held_bytes <= self._max_client_bytes // 2:
-                self._held.remove(client)
-                self._output.instructions.append(Hold(client.peer, False))
-
     def _client_lost(self, client: Client) -> None:
         self._tasks.drop_queue(client)
         client.gone = True
+        self._nesting.client_lost(client)
         self._tasks.leaving[client] = None
         tasks = self._tasks_of(client)
         client.tasks_left = len(tasks)
@@ -327,14 +328,20 @@ class SchedulerState:
             if client in agent.seats:
                 tasks += agent.seats[client].tasks.values()
         for _, fenced, _ in self._fences:
-            tasks += [task for task in fenced if task.client is client and task.state == FENCING]
+            tasks += [task for task in fenced if task.client.account is client and task.state == FENCING]
         return tasks
+
+    def _let_leave(self) -> None:
+        """Let the clients go that have said Bye and have nothing left here."""
+        for client in [client for client in self._nesting.leaving if self._nesting.has_left(client)]:
+            self._output.instructions.append(Drop(client.peer, "bye"))
+            self._peer_lost(client.peer, "bye", stopped=True)
 
     # From clients
 
     def _from_client(self, client: Client, message: Any) -> None:
         if isinstance(message, TaskSubmit):
-            self._submit(client, message)
+            self._fence(FENCE_S, self._intake.submit(client, message, self._closing), None)
         elif isinstance(message, TaskCancel):
             for no, cancel_no, kind in message.cancels:
                 self._cancel(client, no, cancel_no, kind)
@@ -348,62 +355,16 @@ class SchedulerState:
                     agent.disinherited.remove(client.client_id)
                     self._output.instructions.append(Send(agent.peer, message))
         elif isinstance(message, Bye):
-            if not message.force and self._tasks_of(client):
+            left = [] if message.force else self._tasks_of(client)
+            if any(task.client is client for task in left):
                 raise RemoteProtocolError("Bye with tasks outstanding")
+            if left:
+                self._nesting.leaving.append(client)  # what its calls have left behind is still to be done
+                return
             self._output.instructions.append(Drop(client.peer, "bye"))
             self._peer_lost(client.peer, "bye", stopped=True)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} from a client")
-
-    def _submit(self, client: Client, message: TaskSubmit) -> None:
-        functions = client.functions
-        for function in message.functions:
-            check_function(function)
-            functions[function.function_id] = ReceivedFunction(function, functions.get)
-            if function.options.priority:
-                client.queue = with_priorities(client.queue)
-        if len(functions) > MAX_CLIENT_FUNCTIONS:
-            raise RemoteProtocolError(f"more than {MAX_CLIENT_FUNCTIONS} functions")
-        held_bytes, fenced = client.held_bytes, list[Task]()
-        base, last_no, tasks, append = client.base, client.last_no, self._tasks.by_id, client.queue.append
-        for no, items, function_id, payload in message.tasks:
-            if no <= last_no or items < 1 or (last_no := no + items - 1) >> CLIENT_ID_SHIFT:
-                raise RemoteProtocolError(f"task {no} of {items} items after item {last_no}")
-            used = functions.get(function_id)
-            if used is None:
-                raise RemoteProtocolError(f"task {no} names function {function_id}, which is not known")
-            client.last_no = last_no
-            if client.broken is not None or self._closing is not None:
-                kind = ResultKind.LOST if client.broken is None else ResultKind.BROKEN
-                client.results.append((no, 0, items, kind, (client.broken or self._closing or "").encode()))
-                self._output.touched[client] = None
-                continue
-            task = Task(base + no, client, no, 0, items, 0, used, payload)
-            if items > 1:
-                if used.function.options.timeout_s is not None:
-                    raise RemoteProtocolError(f"task {no} of {items} items has a timeout")
-                client.runs[no] = {task.task_id: task}
-            if client.again and no in client.again:
-                if not self._tasks.fence_again(task, fenced):
-                    continue  # its head is done, with which what it takes here would be let go
-            else:
-                tasks[base + no] = task
-                append(task)
-            held_bytes += len(payload) + TASK_BYTES  # type: ignore[arg-type]
-        client.held_bytes = held_bytes
-        self._fence(FENCE_S, fenced, None)
-        if self._max_client_bytes is not None and held_bytes > self._max_client_bytes and client not in self._held:
-            self._held.append(client)
-            self._output.instructions.append(Hold(client.peer, True))
-        self._assignment.line_up(client)
-        for function_id in message.forget:
-            if not function_id or functions.pop(function_id, None) is None:
-                raise RemoteProtocolError(f"forget function {function_id}, which is not known")
-        if message.forget:
-            keys = [(client.client_id, function_id) for function_id in message.forget]
-            for agent in self._assignment.agents:
-                agent.forgotten += agent.known.drop(keys)
-                self._output.touched[agent] = None
 
     def _cancel(self, client: Client, no: int, cancel_no: int, kind: int) -> None:
         if kind not in (CancelKind.SOFT, CancelKind.FORCED) or not 0 < cancel_no <= MAX_NO or not 0 < no <= MAX_NO:
@@ -467,6 +428,12 @@ class SchedulerState:
                 self._limits.is_due = True
             agent.capacity, agent.workers = message.tasks, message.workers
             self._assignment.changed(agent)
+        elif isinstance(message, Nested):
+            self._nested(agent, message)
+        elif isinstance(message, Blocked):
+            self._nesting.blocked(agent, message)
+        elif isinstance(message, Unblocked):
+            self._nesting.unblocked(agent, message)
         elif isinstance(message, ClientLimited):
             self._limits.limited(agent, message.client_id, message.limit_no)
         elif isinstance(message, InheritanceLost):
@@ -488,6 +455,32 @@ class SchedulerState:
             self._peer_lost(agent.peer, "left", stopped=True)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} from an agent")
+
+    def _nested(self, agent: Agent, message: Nested) -> None:
+        """Take in what the session of one of its workers says."""
+        said, session = message.message, self._nesting.find(agent, message)
+        try:
+            if isinstance(said, Hello) and self._last_client_id < MAX_CLIENT_ID:
+                self._last_client_id += 1
+                clients = [peer for peer in self._peers.values() if isinstance(peer, Client)]
+                account = next((client for client in clients if client.client_id == message.client_id), None)
+                self._nesting.open(agent, message, account, self._last_client_id)
+            elif session is None:
+                self.stale += 1  # it is over
+            elif isinstance(said, TaskSubmit):
+                self._nesting.submit(session, message, self._closing)
+            elif isinstance(said, TaskCancel):
+                for no, cancel_no, kind in said.cancels:
+                    self._cancel(session, no, cancel_no, kind)
+            elif isinstance(said, Bye):
+                self._nesting.end(session)
+            else:
+                raise RemoteProtocolError(f"{type(said).__name__} from a nested session")
+        except RemoteProtocolError as error:
+            # It is not the agent's doing: user code has got at what is its worker's.
+            if session is not None:
+                self._nesting.end(session)
+            self._output.instructions.append(Send(agent.peer, Nested(message.worker_id, Refused(str(error)))))
 
     def _of_agent(self, agent: Agent, task_id: int, attempt: int) -> Task | None:
         task = self._tasks.by_id.get(task_id)

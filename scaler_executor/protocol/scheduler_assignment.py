@@ -118,7 +118,11 @@ class Assignment:
         task.seat = None
         agent = seat.agent
         del seat.tasks[task.task_id]
-        agent.held -= 1
+        if task.is_blocked:
+            task.is_blocked = False
+            seat.blocked -= 1
+        else:
+            agent.held -= 1
         self._changed[agent] = None
         agent.released[seat.client] = None
         if not seat.tasks:
@@ -127,6 +131,24 @@ class Assignment:
             # The part of those who are here, or of those who are not, may have become larger.
             if clients > 1 and max(1, capacity // (clients - 1)) != max(1, capacity // (clients + 1)):
                 self._wide[agent] = True
+
+    def block(self, task: Task) -> None:
+        """A task waits for others: its agent has room for one more."""
+        seat = task.seat
+        assert seat is not None and not task.is_blocked
+        task.is_blocked = True
+        seat.blocked += 1
+        seat.agent.held -= 1
+        self.changed(seat.agent)
+
+    def unblock(self, task: Task) -> None:
+        """A task waits no more."""
+        seat = task.seat
+        assert seat is not None and task.is_blocked
+        task.is_blocked = False
+        seat.blocked -= 1
+        seat.agent.held += 1
+        self._changed[seat.agent] = None
 
     def pump(self) -> None:
         """Give queued tasks to agents with room, the clients taking turns."""
@@ -300,7 +322,7 @@ class Assignment:
 
     def _rank(self, seat: Seat) -> float:
         load = seat.agent.load
-        return load if seat.quota is None else max(load, len(seat.tasks) / max(1, seat.quota))
+        return load if seat.quota is None else max(load, (len(seat.tasks) - seat.blocked) / max(1, seat.quota))
 
     def _room(self, seat: Seat) -> int:
         """Return how many tasks more of a client an agent is to hold."""
@@ -308,12 +330,12 @@ class Assignment:
         capacity = agent.capacity
         if capacity <= 0 or client.is_congested or (agent.broken_for and client.client_id in agent.broken_for):
             return 0
-        held = len(seat.tasks)
+        held = len(seat.tasks) - seat.blocked
         room = capacity - agent.held
         if type(client.queue) is PriorityQueue and client.queue:
             # What the agent holds of lower priority keeps nothing away that it is to start first.
             room += client.queue.rank * agent.workers
-        others = agent.clients_here - (held > 0)
+        others = agent.clients_here - bool(seat.tasks)
         if others:
             # Its part, whatever others have taken of it: they get nothing more until they are below theirs.
             room = max(room, max(1, capacity // (others + 1)) - held)
@@ -410,9 +432,11 @@ class Assignment:
         assert not self._fresh or len(self.agents) < 2, self._fresh
         entries = {(load, agent) for load, _, agent in self._by_load}
         for agent in self.agents:
-            held = [len(seat.tasks) for seat in agent.seats.values()]
-            assert agent.held == sum(held), agent.peer
-            assert agent.clients_here == sum(map(bool, held)), agent.peer
+            seats = agent.seats.values()
+            blocked = [sum(task.is_blocked for task in seat.tasks.values()) for seat in seats]
+            assert blocked == [seat.blocked for seat in seats], agent.peer
+            assert agent.held == sum(len(seat.tasks) for seat in seats) - sum(blocked), agent.peer
+            assert agent.clients_here == sum(bool(seat.tasks) for seat in seats), agent.peer
             assert all(seat.client.tasks_left for seat in agent.seats.values() if seat.client.gone), agent.peer
             if len(self.agents) > 1:
                 assert agent.load == (agent.held / max(1, agent.workers) if agent.capacity > 0 else -1.0), agent.peer

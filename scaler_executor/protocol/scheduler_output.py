@@ -7,7 +7,10 @@ them is.
 from __future__ import annotations
 
 from scaler_executor.protocol.messages import (
+    Blocked,
     ClientGone,
+    Message,
+    Nested,
     TaskCancel,
     TaskCancelConfirm,
     TaskResult,
@@ -16,7 +19,7 @@ from scaler_executor.protocol.messages import (
     TaskRunning,
 )
 from scaler_executor.protocol.scheduler_events import Instruction, Send
-from scaler_executor.protocol.scheduler_rows import Agent, Client
+from scaler_executor.protocol.scheduler_rows import Agent, Client, Session
 
 
 class SchedulerOutput:
@@ -42,16 +45,16 @@ class SchedulerOutput:
             if isinstance(peer, Client):
                 # Results first: a result and a later confirm of the same run must not overtake each other.
                 if peer.results:
-                    instructions.append(Send(peer.peer, TaskResult(peer.results)))
+                    instructions.append(_to_client(peer, TaskResult(peer.results)))
                     peer.results = []
                 if peer.confirms:
-                    instructions.append(Send(peer.peer, TaskCancelConfirm(peer.confirms)))
+                    instructions.append(_to_client(peer, TaskCancelConfirm(peer.confirms)))
                     peer.confirms = []
                 if peer.retried:
-                    instructions.append(Send(peer.peer, TaskRetried(peer.retried)))
+                    instructions.append(_to_client(peer, TaskRetried(peer.retried)))
                     peer.retried = []
                 if peer.running:
-                    instructions.append(Send(peer.peer, TaskRunning(peer.running)))
+                    instructions.append(_to_client(peer, TaskRunning(peer.running)))
                     peer.running = []
             else:
                 self._end_agent(peer)
@@ -77,3 +80,13 @@ class SchedulerOutput:
             forget = agent.known.trim()
             self.instructions.append(Send(agent.peer, TaskRun(agent.runs, agent.functions, forget)))
             agent.runs, agent.functions = [], []
+        if agent.lent:
+            # Behind the tasks: what is waited for is to have the slot.
+            self.instructions.append(Send(agent.peer, Blocked(agent.lent)))
+            agent.lent = []
+
+
+def _to_client(client: Client, message: Message) -> Send:
+    if type(client) is Session:
+        return Send(client.peer, Nested(client.worker_id, message))  # type: ignore[arg-type]
+    return Send(client.peer, message)

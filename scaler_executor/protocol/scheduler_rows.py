@@ -59,6 +59,10 @@ class Task:
     running_since: float | None = None
     #: A recall has been refused once: it was running. It is not asked again.
     recall_refused: bool = False
+    #: It has submitted others, or has been submitted by one; None: neither.
+    family: Family | None = None
+    #: It waits for others, and lends its slot; then its agent holds one less. Changed by `Assignment`.
+    is_blocked: bool = False
 
     def __init__(
         self,
@@ -105,6 +109,8 @@ class Client:
         now: float = 0.0,
     ) -> None:
         self.peer = peer
+        #: The client that its tasks count as: itself, unless it is a `Session`.
+        self.account: Client = self
         #: See `Hello`; b"": this is its only session.
         self.secret = b""
         #: So many of its items may be in progress at once; None: no limit.
@@ -146,6 +152,44 @@ class Client:
         self.again: dict[int, tuple[int, list[tuple[int, int]]]] = {}
 
 
+class Session(Client):
+    """A nested session: what the calls in one worker submit. Who it is at the agents, its queue, its place among others
+    and its limits are those of its account."""
+
+    def __init__(self, agent: Agent, worker_id: int, account: Client, client_id: int, now: float) -> None:
+        super().__init__(agent.peer, client_id, now=now)
+        self.account = account
+        self.agent = agent
+        self.worker_id = worker_id
+        self.functions = {}  # each call names one
+
+
+class Farewell:
+    """What is said when certain tasks are over."""
+
+    def __init__(self) -> None:
+        #: The tasks that are not.
+        self.waits: dict[Task, None] = {}
+        self.rows: list[tuple[Client, ClientConfirmRow]] = []
+
+
+class Family:
+    """Who has submitted a task, and what it has submitted.
+
+    Args:
+        parent: The task that has; None: it is over, or it was no task.
+        item: Of the parent.
+    """
+
+    def __init__(self, parent: Task | None, item: int) -> None:
+        self.parent = parent
+        self.item = item
+        #: Tasks that are not over.
+        self.children: dict[Task, None] = {}
+        #: Those that wait for the end of the task.
+        self.farewells: list[Farewell] = []
+
+
 class Observer:
     """Somebody who only looks."""
 
@@ -168,6 +212,8 @@ class Seat:
         self.client = client
         #: {task_id: Task} of the client that the agent holds, in the order in which it got them.
         self.tasks: dict[int, Task] = {}
+        #: How many of them lend their slots.
+        self.blocked = 0
 
 
 class Agent:
@@ -183,7 +229,7 @@ class Agent:
         self.workers = 0
         #: {Client: Seat} of the clients that have, or had, tasks here.
         self.seats: dict[Client, Seat] = {}
-        #: How many tasks it holds, and of how many clients: as its seats say.
+        #: How many tasks it holds that do not lend their slots, and of how many clients any: as its seats say.
         self.held = 0
         self.clients_here = 0
         self.is_gone = False
@@ -205,6 +251,8 @@ class Agent:
         self.cancels: list[CancelRow] = []
         self.gone_clients: list[int] = []
         self.limits: list[ClientLimit] = []
+        #: Tasks whose slots it is to lend.
+        self.lent: list[int] = []
 
     def tasks(self) -> list[Task]:
         """Return all tasks that it holds, those of a client in the order in which it got them."""

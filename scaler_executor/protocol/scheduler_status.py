@@ -131,7 +131,7 @@ def report(
     running: list[Task] = []
     queued = 0
     for task in tasks:
-        client = clients.get(task.client.client_id)
+        client = clients.get(task.client.account.client_id)
         if task.running_since is not None and task.state not in (QUEUED, GONE):
             running.append(task)
             if client is not None:

@@ -31,6 +31,7 @@ from scaler_executor.protocol.messages import (
     TaskCancelConfirmType,
 )
 from scaler_executor.protocol.scheduler_assignment import Assignment
+from scaler_executor.protocol.scheduler_families import Families
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
 from scaler_executor.protocol.scheduler_rows import (
     ASSIGNED,
@@ -69,6 +70,7 @@ class SchedulerTasks:
         #: `output.touched`, at hand because each result needs it.
         self._touched = output.touched
         self._last_cancel_no = 0
+        self.families = Families(self.step, output)
 
     def step(self, task: Task, event: str, *details: Any) -> None:
         """Do what the table says of this event in the state of `task`."""
@@ -140,18 +142,19 @@ class SchedulerTasks:
             assert not task.user_cancel_no or task.state in (CANCELING, FENCING), (task_id, task.state)
             assert task.state != QUEUED or id(task) in queued, task_id
             assert task.state != FENCING or id(task) in fenced, task_id
-            assert not task.client.gone or task.state in (CANCELING, FENCING), (task_id, task.state)
-            assert not task.client.gone or task.client in self.leaving
+            account = task.client.account
+            assert not account.gone or task.state in (CANCELING, FENCING), (task_id, task.state)
+            assert not account.gone or account in self.leaving
             assert task.state != QUEUED or not task.recall_refused
             assert task.no not in task.client.runs or task.client.runs[task.no][task_id] is task
             if task.seat is not None:
-                assert task.seat.client is task.client, task_id
+                assert task.seat.client is account, task_id
                 assert task.seat.tasks[task_id] is task, task_id
                 held[task.seat] = held.get(task.seat, 0) + 1
         for seat, count in held.items():
             assert len(seat.tasks) == count, (seat.agent.peer, seat.tasks, count)
         for client in self.leaving:
-            assert 0 < client.tasks_left == sum(task.client is client for task in self.by_id.values())
+            assert 0 < client.tasks_left == sum(task.client.account is client for task in self.by_id.values())
 
     # Cells of the table. Each takes the task and what the event carries.
 
@@ -185,6 +188,8 @@ class SchedulerTasks:
         # it would leave the user waiting for a confirm that no agent will send.
         if first != task.start or count < 1 or first + count > task.items:
             raise RemoteProtocolError(f"items {first}+{count} of {task.start} to {task.items}")
+        if task.family is not None and (kind > ResultKind.ERROR or task.kind is CancelKind.FORCED):
+            self.families.stop(task)  # it has been stopped, or was to be
         client = task.client
         if not client.gone:
             client.results.append((task.no, task.offset + first, count, kind, payload))
@@ -225,6 +230,8 @@ class SchedulerTasks:
         self._forget(task)
 
     def _retry_or_fail(self, task: Task, report: DeathReport) -> None:
+        if task.family is not None:
+            self.families.stop(task)
         task.deaths += 1
         report.attempt = task.attempt
         if task.deaths <= task.function.function.options.retries:
@@ -310,8 +317,14 @@ class SchedulerTasks:
 
     def _answer(self, task: Task, cancel_no: int, kind: TaskCancelConfirmType, proven: bool = True) -> None:
         client = task.client
+        row = task.no, cancel_no, kind, task.offset + task.start, task.open_items, proven
+        if task.family is not None:
+            if kind == FAILED:
+                self.families.let_go(task)
+            elif self.families.answer_later(task, row):
+                return
         if not client.gone:
-            client.confirms.append((task.no, cancel_no, kind, task.offset + task.start, task.open_items, proven))
+            client.confirms.append(row)
             self._touched[client] = None
 
     def _ask_agent(self, task: Task, kind: CancelKind) -> None:
@@ -328,6 +341,8 @@ class SchedulerTasks:
         if task.seat is not None:
             self._assignment.release(task)
         task.state = GONE
+        if task.family is not None:
+            self.families.forgotten(task)
         if task.task_id == client.base + task.no:
             client.held_bytes -= len(task.payload) + TASK_BYTES
         task.payload = b""
@@ -337,7 +352,7 @@ class SchedulerTasks:
                 del pieces[task.task_id]
                 if not pieces:
                     del client.runs[task.no]
-        if client.gone:
+        if client.gone and (client := client.account).gone:
             client.tasks_left -= 1
             if not client.tasks_left:
                 self.leaving.pop(client, None)
@@ -359,13 +374,15 @@ class SchedulerTasks:
         task.items = at
         self.by_id[tail.task_id] = tail
         task.client.runs[task.no][tail.task_id] = tail
-        if task.client.gone:
-            task.client.tasks_left += 1
+        if task.client.account.gone:
+            task.client.account.tasks_left += 1
+        if task.family is not None:
+            self.families.split(task, tail)
         return tail
 
     def _requeue(self, task: Task, new_attempt: bool = False) -> None:
         """Put the outstanding items of `task`, which no agent has any more, at the front of the queue."""
-        client = task.client
+        client = task.client.account
         if task.start:
             # Its agent numbers the items of a task from its first one, so what is run again needs its own number.
             rest = self._split_off(task, task.start)

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from scaler_executor.protocol.codec import LocalProtocolError
+from scaler_executor.protocol.functions import MAX_CLIENT_FUNCTIONS
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
     AgentCapacity,
@@ -40,7 +41,6 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.protocol.scheduler import (
     FENCE_S,
-    MAX_CLIENT_FUNCTIONS,
     MAX_NAME,
     Drop,
     PeerLost,
