@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from scaler_executor.aio import AsyncMap
     from scaler_executor.future import ScalerFuture
     from scaler_executor.runtime.client import ClientFutureManager
+    from scaler_executor.runtime.handle import Handle
     from scaler_executor.runtime.remote import RemoteCluster
     from scaler_executor.runtime.view import ClientView
 
@@ -166,7 +167,31 @@ class ScalerExecutor(Executor):
                 cluster.join()
             raise
         client.close_with(self)
-        self._client: ClientFutureManager | ClientView = client
+        self._client: ClientFutureManager | ClientView | Handle = client
+
+    @classmethod
+    def current(cls) -> ScalerExecutor:
+        """Return a handle of the executor that runs the call in which this is asked: calls that are submitted through
+        it run on the same workers, with the options (retries, timeout, priority, cancel_grace) of the call.
+
+        A pickled executor becomes a handle as well: `executor.submit(f, executor)` gives `f` one, with the executor's
+        options. A call that waits for others lets them run in its place, so one worker is enough for any depth; it goes
+        on when its place is free again. Cancelling a call cancels what it has submitted; what it leaves behind when it
+        ends is finished. `shutdown` and `with` of a handle wait for the calls that were submitted through it.
+
+        Raises:
+            RuntimeError: This is no call of a ScalerExecutor, or a fork of a process that makes one. Using a handle
+                raises the same.
+        """
+        from scaler_executor.runtime.handle import current
+
+        return current()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """As `object.__reduce_ex__`: what is unpickled is a handle, see `current`."""
+        from scaler_executor.runtime.handle import reduce
+
+        return reduce(self)
 
     @property
     def max_workers(self) -> int:

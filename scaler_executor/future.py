@@ -44,6 +44,9 @@ from scaler_executor.defaults import DEFAULT_TIMEOUT, DefaultTimeout
 from scaler_executor.protocol.messages import CancelKind, Payload, ResultKind
 from scaler_executor.runtime.results import LOST, read_result
 
+if TYPE_CHECKING:
+    from scaler_executor.runtime.lender import Lender
+
 T = TypeVar("T")
 
 _VALUE: Final = int(ResultKind.VALUE)
@@ -168,6 +171,28 @@ class _LazyList:
         return self if future is None else future.__dict__.setdefault(self._name, [])
 
 
+class _LazyWaiters(_LazyList):
+    """Makes the list of those who wait, in which they lend the slot of the call in which they do."""
+
+    def __get__(self, future: ScalerFuture[Any] | None, kind: Any = None) -> Any:
+        if future is None or (lender := future._get_lender()) is None:
+            return super().__get__(future, kind)
+        return future.__dict__.setdefault(self._name, _LendingWaiters(lender))
+
+
+class _LendingWaiters(list[Any]):
+    def __init__(self, lender: Lender) -> None:
+        super().__init__()
+        self._lender = lender
+
+    def append(self, waiter: Any) -> None:
+        from scaler_executor.runtime.lender import LendingEvent
+
+        if type(getattr(waiter, "event", None)) is threading.Event:
+            waiter.event = LendingEvent(self._lender)  # nobody waits for the other one yet
+        super().append(waiter)
+
+
 class _OutcomePart:
     """The exception or the value of a future, unpickled when it is asked for. None unless the future is finished."""
 
@@ -200,7 +225,7 @@ class ScalerFuture(Future[T]):
     else:
         __init__ = object.__init__
         _condition = _LazyCondition()
-        _waiters = _LazyList()
+        _waiters = _LazyWaiters()
         _done_callbacks = _LazyList()
         _exception = _OutcomePart(0)
         _result = _OutcomePart(1)
@@ -459,7 +484,17 @@ class ScalerFuture(Future[T]):
             if self._state == FINISHED:
                 return outcome
 
+    def _get_lender(self) -> Lender | None:
+        return getattr(getattr(self, "_owner", None), "lender", None)
+
     def _wait_until_finished(self, timeout: float | None) -> None:
+        lender = self._get_lender()
+        if lender is None or (timeout is not None and timeout <= 0) or self._state in _DONE:
+            self._wait_here(timeout)
+        else:
+            lender.wait(partial(self._wait_here, timeout))
+
+    def _wait_here(self, timeout: float | None) -> None:
         with self._condition:
             if self._state not in _DONE:
                 self._condition.wait(timeout)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from scaler_executor.progress import Meter
     from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.functions import PreparedFunction
+    from scaler_executor.runtime.handle import Handle
     from scaler_executor.runtime.view import ClientView
 
 #: The most items in a run.
@@ -230,7 +231,7 @@ class MapCall:
 
     def __init__(
         self,
-        client: ClientFutureManager | ClientView,
+        client: ClientFutureManager | ClientView | Handle,
         max_workers: int,
         function: Callable[..., Any],
         iterables: tuple[Iterable[Any], ...],
@@ -323,13 +324,17 @@ class MapCall:
         inbox.clear()
         self._client.take_back([run.task_no for run in pending], self._cancel_kind)
 
+    def _wait(self, end_time: float | None) -> Range:
+        lender = self._client.lender
+        return self.inbox.wait(end_time) if lender is None else lender.wait(partial(self.inbox.wait, end_time))
+
     def results(self, end_time: float | None) -> Iterator[Any]:
         """Yield the results. Closed or failed, it takes back what nobody wants any more."""
         inbox = self.inbox
         meter = self._meter
         try:
             while inbox:
-                found: Range | None = inbox.take() or inbox.wait(end_time)
+                found: Range | None = inbox.take() or self._wait(end_time)
                 assert found is not None
                 count, kind, payload = found
                 if kind == _VALUE and self._buffersize is None and type(payload) is bytes and payload.startswith(WORDS):

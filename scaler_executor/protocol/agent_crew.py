@@ -189,9 +189,9 @@ class Crew:
         self.workers: dict[int, Worker] = {}
         #: READY workers with nothing in their hands, the one that has been so for the shortest time last.
         self.idle: dict[int, Worker] = {}
-        #: Workers with nothing in their hands that do not count, see `agent_lending`; whether somebody waits for the next
-        #: slot.
+        #: Workers with nothing in their hands that do not count, see `agent_lending`.
         self.parked: dict[int, Worker] = {}
+        #: Somebody waits for the next slot.
         self.is_wanted = False
         #: {client_id: Client}, all that have or may have something here.
         self.clients: dict[int, Client] = {}

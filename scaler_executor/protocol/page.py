@@ -59,6 +59,9 @@ STDERR_ITEM: Final = 12
 #: 1 if the user's program wants the stack of a fatal fault on stderr. Written by the worker.
 SHOW_FAULT: Final = 13
 
+#: 1 when an end of the pair of the worker's nested session is in the call pair, until the agent has taken it.
+NESTS: Final = 15
+
 HEADER_WORDS: Final = 16
 #: So many calls may be in a worker's hands at once.
 RING_SLOTS: Final = 1000

@@ -30,8 +30,9 @@ from scaler_executor.protocol.messages import (
     WorkerForked,
     WorkerFrozen,
 )
-from scaler_executor.protocol.page import CURRENT, DONE, ITEM, RANG, slot
+from scaler_executor.protocol.page import CURRENT, DONE, ITEM, NESTS, RANG, slot
 from scaler_executor.runtime import log, platform
+from scaler_executor.runtime.agent_sessions import WorkerSession
 from scaler_executor.runtime.last_words import fault_of, stderr_of
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
 from scaler_executor.runtime.pipe import WorkerResults
@@ -74,6 +75,8 @@ class WorkerHandle:
         self.retired = False
         #: Its pipe is watched, because a record is only half here.
         self.is_watched = False
+        #: What the calls in it submit comes by this, if they do.
+        self.session: WorkerSession | None = None
         #: Why we had it killed, if we had.
         self.killed_for = ""
 
@@ -156,6 +159,7 @@ class AgentRuntime:
             protocol.Freeze: lambda i: self._tell_forker(FreezeWorker(i.worker_id, i.kill_seq, i.revoke, i.split_seq)),
             protocol.Kill: lambda i: self._tell_forker(KillWorker(i.worker_id)),
             protocol.Retire: self._retire,
+            protocol.ToWorker: self._tell_session,
             protocol.Drained: lambda _: self._on_drained(),
         }
         self._control: socket.socket | None = None
@@ -251,6 +255,8 @@ class AgentRuntime:
     def _read(self, handle: WorkerHandle) -> None:
         # First the mark, then the pipe: what is written in between rings again.
         handle.page[RANG] = 0
+        if handle.page[NESTS]:
+            self._open_session(handle)
         try:
             records = handle.results.read(PIPE_BUDGET_BYTES)
         except RemoteProtocolError as error:
@@ -282,6 +288,29 @@ class AgentRuntime:
         self._loop.forget(handle.results.fileno())
         self._tell_forker(KillWorker(handle.worker_id))
         self._flush_control()
+
+    def _open_session(self, handle: WorkerHandle) -> None:
+        """Take our end of the pair of the worker's nested session."""
+        handle.page[NESTS] = 0
+        try:
+            _, fds, _, _ = socket.recv_fds(handle.socket, 1, 1)
+        except OSError:
+            return
+        if fds and handle.session is None:
+            handle.session = WorkerSession(
+                self._loop,
+                socket.socket(fileno=fds[0]),
+                lambda message: self.handle(protocol.FromWorker(handle.worker_id, message)),
+                lambda error: self._distrust(handle, error),
+            )
+        else:
+            for fd in fds:
+                os.close(fd)
+
+    def _tell_session(self, instruction: protocol.ToWorker) -> None:
+        handle = self._workers.get(instruction.worker_id)
+        if handle is not None and handle.session is not None:
+            handle.session.send(instruction.message)
 
     def _want_look(self, instruction: protocol.Look) -> None:
         self._to_look[instruction.worker_id] = None
@@ -427,6 +456,9 @@ class AgentRuntime:
         if handle.is_watched:
             self._loop.forget(handle.results.fileno())
         self._loop.forget(handle.socket.fileno())
+        if handle.session is not None:
+            handle.session.read()
+            handle.session.close()
         try:
             records = handle.results.drain()
         except RemoteProtocolError:

@@ -94,6 +94,7 @@ from scaler_executor.runtime.terms import NO_OPTIONS, Terms, TermsTable
 from scaler_executor.runtime.transport import StreamReader
 
 if TYPE_CHECKING:
+    from scaler_executor.runtime.lender import Lender
     from scaler_executor.runtime.view import ClientView
 
 #: A caller writes its call itself up to this size.
@@ -136,8 +137,15 @@ class ClientFutureManager:
         options: Of its calls, where a view has no others.
     """
 
+    #: In a worker: by which its calls lend their slots while they wait, see `nested_client`.
+    lender: Lender | None = None
+    #: What it may be told.
+    _hears: Any = ToClientMessage
+
     def __init__(self, cluster: Cluster, *, cancel_timeout_s: float | None, options: Options = NO_OPTIONS) -> None:
         self.cancel_timeout_s = cancel_timeout_s
+        #: By which calls of this client tell its handles from those of others.
+        self.token = cluster.token
         self._main = main = cluster.main
         self.pickler = pickler = CallPickler(main)
         self._dumps_small = pickler.dumps_small
@@ -181,7 +189,7 @@ class ClientFutureManager:
         self._io_lock = threading.RLock()
         self._state = ClientState(may_lose_scheduler=cluster.may_be_renewed)
         self._outbox = Outbox(cluster.socket, counts=cluster.max_unsent_bytes is not None)
-        self._decoder: Decoder[ToClientMessage] = Decoder(ToClientMessage, self._take_segment)
+        self._decoder: Decoder[ToClientMessage] = Decoder(self._hears, self._take_segment)
         self._reader = StreamReader(cluster.socket)
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])

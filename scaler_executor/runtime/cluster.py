@@ -98,6 +98,8 @@ class Cluster:
         self._initializer = initializer
         #: Kept as long as workers may be started: what it holds of multiprocessing must not be collected.
         self._initargs = initargs
+        #: Tells it from others, in its workers.
+        self.token = os.urandom(8)
         #: Of each call; None: all calls have the same, which the process knows.
         self.cancel_grace_s: float | None = None
         #: So much waits in this process before `submit` does; None: there is no limit.
@@ -300,6 +302,7 @@ class EmbeddedCluster(Cluster):
             "descriptors": 0,
             "has_tracker": False,
             "segments_path": segments_path,
+            "token": self.token,
         }
         descriptors: list[int] = []
         if self._control is None:
@@ -347,6 +350,7 @@ class EmbeddedCluster(Cluster):
                 blocked_signals=_blocked_signals(),
                 identity=Identity(parent_pid=os.getpid(), authkey=key),
                 segments_path=segments_path,
+                token=self.token,
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])

@@ -10,13 +10,14 @@ from scaler_executor.runtime import exiting
 
 if TYPE_CHECKING:
     from scaler_executor.runtime.client import ClientFutureManager
+    from scaler_executor.runtime.handle import Handle
     from scaler_executor.runtime.view import ClientView
 
 #: {id: manager}: those whose I/O thread has not ended.
 MANAGERS: Final[dict[int, ClientFutureManager]] = {}
 
 
-def wait_until_ended(manager: ClientFutureManager | ClientView, *, interrupted: bool) -> None:
+def wait_until_ended(manager: ClientFutureManager | ClientView | Handle, *, interrupted: bool) -> None:
     """Wait for the end of a closed client or view. The first Ctrl-C stops its calls, the second kills the cluster.
 
     Args:

@@ -123,6 +123,8 @@ class FunctionTable:
         #: What workers do first, and its id once it is registered; None: nothing.
         self._setup: Payload | None = None
         self._setup_id = 0
+        #: No call has id 0: those of a worker's nested session.
+        self.always_registers = False
 
     def set_up(self, payload: Payload) -> None:
         """Have workers do this before the first call, see `worker.Setup`."""
@@ -167,7 +169,7 @@ class FunctionTable:
         function, style, name, blob, _ = prepared
         definitions = needs.definitions
         if blob is None:
-            if not definitions and self._setup is None and not terms.are_special:
+            if not (definitions or self._setup is not None or terms.are_special or self.always_registers):
                 return 0, [], []
             blob = b""
         if function is not None:

@@ -21,6 +21,8 @@ class Cluster(Protocol):
     socket: socket.socket
     death_fd: int
     main: MainDefinitions
+    #: Tells it from others, in its workers.
+    token: bytes
     #: For each function, where it is not the cluster's own.
     cancel_grace_s: float | None
     #: Callers wait while more than this could not be sent; None: they never do.

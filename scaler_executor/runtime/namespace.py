@@ -244,11 +244,15 @@ class MainDefinitions:
             if self._known.get(definition.name) is not known:
                 return False
             if definition.payload:
-                definition.version = known.version + 1 if known is not None else 1
+                definition.version = self._version_after(definition.name, known)
             self._known[definition.name] = definition
             if len(self._owners) > 2 * len(self._known) + 64:
                 self._owners = {id(_value_of(of_name.held)): name for name, of_name in self._known.items()}
             return True
+
+    def _version_after(self, name: str, known: Definition | None) -> int:
+        """Return the version of a new definition, which `known` was the last of."""
+        return known.version + 1 if known is not None else 1
 
 
 def _by_name(definition: Definition) -> str:

@@ -103,6 +103,14 @@ class WorkerMain:
         if name in self.pending:
             self.resolve(name)
 
+    def has_inherited(self, name: str) -> bool:
+        """Tell whether a name is there in every worker, as it was when the program began to make calls."""
+        return name in self._inherited and name not in self._versions
+
+    def version_of(self, name: str) -> int:
+        """Return the version in which a name came from the client, 0 if it has not."""
+        return self._versions.get(name, 0)
+
     def has_taken(self, name: str, version: int) -> bool:
         """Tell whether a definition is here, or a newer one."""
         return self._versions.get(name, 0) >= version

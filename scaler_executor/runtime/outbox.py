@@ -61,7 +61,7 @@ class Outbox:
         if isinstance(message, TaskSubmit) and len(message.tasks) > TASKS_PER_MESSAGE:
             tasks = message.tasks
             steps = range(0, len(tasks), TASKS_PER_MESSAGE)
-            pieces = [TaskSubmit(tasks[at : at + TASKS_PER_MESSAGE]) for at in steps]
+            pieces = [TaskSubmit(tasks[at : at + TASKS_PER_MESSAGE], parent=message.parent) for at in steps]
             # Functions go before all calls of theirs, and are forgotten behind all.
             pieces[0].functions = message.functions
             pieces[-1].forget = message.forget

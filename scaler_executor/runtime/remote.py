@@ -101,6 +101,7 @@ class RemoteCluster(Cluster):
             "definitions": [(name, version, list(map(bytes, buffers))) for name, version, buffers in definitions],
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "sys_path": [os.path.abspath(entry) for entry in map(str, sys.path)],
+            "token": self.token,
         }
         return Frames([pickle.dumps(setup, 5)])
 

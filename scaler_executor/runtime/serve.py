@@ -240,6 +240,7 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         blocked_signals=config["blocked_signals"],
         descriptors=descriptors,
         segments_path=config["segments_path"],
+        token=config["token"],
         identity=Identity(
             parent_pid=config["client_pid"],
             parent_fd=config["client_pidfd"] if platform.PORTABLE else -1,

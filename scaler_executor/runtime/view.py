@@ -38,6 +38,8 @@ class ClientView:
         self._owner = owner
         #: Nobody else had the executor, and so its end was the view's.
         self._has_ended_client = False
+        self.token = client.token
+        self.lender = client.lender
 
     def view(self, options: Options, name: str | None, owner: object) -> ClientView:
         """Return a view of this one."""

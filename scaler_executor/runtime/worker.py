@@ -66,6 +66,7 @@ from scaler_executor.runtime.calls import (
 from scaler_executor.runtime.identity import run_as_process
 from scaler_executor.runtime.last_words import LastWords
 from scaler_executor.runtime.namespace_worker import WorkerMain
+from scaler_executor.runtime.nesting_site import NestingSite, set_site
 from scaler_executor.runtime.platform import Bell, flush_c_streams, range_buffer
 from scaler_executor.runtime.segments import SegmentStore
 from scaler_executor.runtime.standard_streams import StandardStreams
@@ -146,6 +147,11 @@ class Worker:
         self._loaded: dict[int, Any] = {0: None}
         #: Ids of those whose payloads are runs.
         self._map_ids: set[int] = set()
+        method = config.identity.start_method
+        self._site = NestingSite(
+            call_socket, page, bell, self._main, self._store, self._functions, config.token, method
+        )
+        set_site(self._site)
         #: Of the message being served: when it began, the items run so far, whether its BATCH_END is written.
         self._began_at = 0.0
         self._items_run = 0
@@ -202,6 +208,7 @@ class Worker:
         self._is_set_up = True
         try:
             setup: Setup = loads_value(payload)
+            self._site.setup, self._site.token = payload, setup["token"]
             sys.path += [entry for entry in setup["sys_path"] if entry not in sys.path]
             sys.argv[:] = setup["argv"]
             self._prepare(setup["definitions"], setup["initializer_pickle"])
@@ -269,6 +276,8 @@ class Worker:
             elif function.style == CallStyle.INLINE:
                 self._loaded[function.function_id] = None
         left = len(message.calls)
+        if left:
+            self._site.function_id = message.calls[0][3]
         for seq, items, skip, function_id, payload in message.calls:
             left -= 1
             if function_id in map_ids or items > 1:
@@ -314,6 +323,8 @@ class Worker:
                 error = raised
         except TaskInterrupted as raised:
             error = raised  # it came between the end of the call and the disarming
+        if self._site.client is not None:
+            self._flush_nested()
         self._report(seq, 0, kind, value, error, is_last)
         error = None  # its traceback refers to this frame
         page[DONE] = seq
@@ -411,6 +422,8 @@ class Worker:
             if self._was_interrupted:
                 break
             error = None
+        if self._site.client is not None:
+            self._flush_nested()
         if count:
             self._write_range(seq, count, used, ends_batch=is_last and not self._was_interrupted)
         if self._was_interrupted and error is None and item + 1 < page[STOP]:
@@ -471,6 +484,11 @@ class Worker:
             raise error.with_traceback(trace)
 
         return fail, RunForm.PLAIN_SINGLE, [None] * count
+
+    def _flush_nested(self) -> None:
+        """Have what the call has submitted sent before its end is known."""
+        if self._site.is_here and self._site.client is not None:
+            self._site.client.flush()
 
     def _load_function(self, function_id: int) -> Any:
         function = self._functions.get(function_id)

@@ -51,6 +51,8 @@ class WorkerConfig:
     name: str = "scaler-worker"
     #: Where large payloads are, see `segments`; None: nowhere.
     segments_path: str | None = None
+    #: Of the executor that the workers serve; b"": of several, each says it in its `Setup`.
+    token: bytes = b""
     #: Set by the forker: the number of the worker.
     worker_id: int = 0
 
@@ -65,6 +67,8 @@ class Setup(TypedDict):
     argv: list[str]
     #: Added behind the worker's own.
     sys_path: list[str]
+    #: As in `WorkerConfig`.
+    token: bytes
 
 
 def take_over_process(config: WorkerConfig) -> None:

@@ -1,0 +1,110 @@
+"""A worker's side of lending: while calls wait for nested ones, others may run in their place.
+
+A call waits as long as any of its threads does, in `result`, `exception`, `wait`, `as_completed`, the iterator of a
+`map`, or `shutdown`: so threads that wait for each other end too. Who has waited goes on when the call has its slot
+again; a thread goes on at once while others wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from scaler_executor.protocol.messages import Blocked, Message, Unblocked
+from scaler_executor.runtime.nesting_site import NestingSite
+
+T = TypeVar("T")
+
+
+class Lender:
+    """Says when the call in progress waits, and when it wants to go on. Thread-safe.
+
+    Args:
+        site: The worker.
+        say: Sends a message to the agent, behind what has been submitted.
+    """
+
+    def __init__(self, site: NestingSite, say: Callable[[Message], None]) -> None:
+        self._site = site
+        self._say = say
+        #: Reentrant, for signal handlers.
+        self._lock = threading.RLock()
+        #: The call whose threads are counted, and how many of them wait.
+        self._seq = 0
+        self._waiting = 0
+        #: One for each slot that is wanted, in order.
+        self._wanted: deque[threading.Event] = deque()
+        self._is_over = False
+
+    def wait(self, wait: Callable[[], T]) -> T:
+        """Return what `wait` returns, which takes its time, and have the call's slot."""
+        seq = self._begin()
+        try:
+            result = wait()
+        except KeyboardInterrupt:
+            # Its end is near: what is still to be done is not worth a wait.
+            self._end(seq)
+            raise
+        except BaseException:
+            self._await(self._end(seq))
+            raise
+        self._await(self._end(seq))
+        return result
+
+    def granted(self) -> None:
+        """The slot that was wanted first is there."""
+        with self._lock:
+            if self._wanted:
+                self._wanted.popleft().set()
+
+    def end(self) -> None:
+        """Nobody answers any more."""
+        with self._lock:
+            self._is_over = True
+            while self._wanted:
+                self._wanted.popleft().set()
+
+    def _begin(self) -> int:
+        with self._lock:
+            seq = self._site.seq
+            if seq != self._seq:
+                self._seq, self._waiting = seq, 0  # threads that earlier calls have left wait for themselves
+            if seq:
+                self._waiting += 1
+                if self._waiting == 1:
+                    self._say(Blocked([seq]))
+            return seq
+
+    def _end(self, seq: int) -> threading.Event | None:
+        with self._lock:
+            if not seq or seq != self._seq or self._is_over:
+                return None
+            self._waiting -= 1
+            if self._waiting:
+                return None
+            wanted = threading.Event()
+            self._wanted.append(wanted)
+            self._say(Unblocked([seq]))
+            return wanted
+
+    @staticmethod
+    def _await(wanted: threading.Event | None) -> None:
+        if wanted is not None:
+            wanted.wait()
+
+
+class LendingEvent(threading.Event):
+    """The event of a waiter of `concurrent.futures`, which lends while it is waited for."""
+
+    def __init__(self, lender: Lender) -> None:
+        super().__init__()
+        self._lender = lender
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As `threading.Event.wait`."""
+        if self.is_set() or (timeout is not None and timeout <= 0):
+            return super().wait(timeout)
+        return self._lender.wait(partial(super().wait, timeout))
