@@ -217,7 +217,9 @@ class AgentState:
                 worker.state == "READY" and not worker.held and not worker.portions and not is_parked
             ), (worker.worker_id, worker.state)
             assert not worker.held or worker.state in ("READY", "LEAVING")
-        assert sum(worker.counts for worker in crew.workers.values()) == crew.staff <= crew.max_workers
+        assert sum(worker.counts for worker in crew.workers.values()) == crew.staff
+        overdrawn = sum(worker.counts and worker.is_overdrawn for worker in crew.workers.values())
+        assert crew.staff <= crew.max_workers + overdrawn
         assert self._output.is_empty()
 
     def _idle_of(self, client: Client) -> list[int]:

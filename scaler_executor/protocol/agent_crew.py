@@ -177,6 +177,8 @@ class Worker:
         self.asked_for = 0
         #: That call lends its slot: the worker does not count.
         self.is_lent = False
+        #: It has counted as one too many since it has gone on without waiting for its slot.
+        self.is_overdrawn = False
 
 
 class Crew:

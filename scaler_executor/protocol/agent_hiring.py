@@ -172,7 +172,10 @@ class Hiring:
         if not worker.counts and not worker.is_lent:
             return  # it is parked
         client = worker.client
-        if client.owes:
+        worker.is_overdrawn = False
+        if self._crew.staff > self._crew.max_workers:
+            self.retire(worker)  # somebody has gone on without a slot
+        elif client.owes:
             self._pay(client)
             self.retire(worker)
         elif (

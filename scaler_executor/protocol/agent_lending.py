@@ -95,6 +95,10 @@ class Lending:
 
     def _blocked(self, worker: Worker, message: Blocked) -> None:
         call = worker.held[0] if worker.held else None
+        if self.wanting.pop(worker.worker_id, None) is not None:
+            # Another thread of the call waits again: the one that wants to go on may, and the slot stays lent.
+            self._output.instructions.append(ToWorker(worker.worker_id, Unblocked(message.tasks)))
+            return
         if call is None or message.tasks != [call.seq] or worker.state != "READY" or worker.asked_for:
             return  # it is over, or is being stopped
         worker.asked_for = call.task_id
@@ -114,7 +118,10 @@ class Lending:
 
     def _unblocked(self, worker: Worker, message: Unblocked) -> None:
         if worker.is_lent and worker.state == "READY" and worker.held and message.tasks == [worker.held[0].seq]:
-            self.wanting[worker.worker_id] = worker
+            if message.at_once:
+                self._have(worker)
+            else:
+                self.wanting[worker.worker_id] = worker
         else:
             self._go_on(worker, message.tasks[0] if message.tasks else 0)
 
@@ -136,9 +143,7 @@ class Lending:
                     worker.asked_for = 0
             elif self._make_room(worker):
                 del self.wanting[worker.worker_id]
-                worker.is_lent = False
-                self._hiring.count_in(worker)
-                self._go_on(worker, worker.held[0].seq)
+                self._have(worker)
         crew.is_wanted = bool(self.wanting)
         for worker in list(crew.parked.values()):
             client = worker.client
@@ -148,6 +153,13 @@ class Lending:
             if is_free and is_wanted and worker.state == "READY":
                 self._unpark(worker)
         self._let_go()
+
+    def _have(self, worker: Worker) -> None:
+        """Give a worker a slot, of which there may be none: then nothing is started until there is one too few."""
+        worker.is_lent = False
+        self._hiring.count_in(worker)
+        worker.is_overdrawn = self._crew.staff > self._crew.max_workers
+        self._go_on(worker, worker.held[0].seq)
 
     def _make_room(self, worker: Worker) -> bool:
         """Tell whether there is a slot for a worker that wants its own back. Takes that of one with nothing to do."""

@@ -318,6 +318,7 @@ class Unblocked(Message, tag=20):
     wait no more."""
 
     tasks: list[int]
+    at_once: bool = False  # whether there is one or not: what they have waited for has not come in time
 
 
 class Output(Message, tag=21):

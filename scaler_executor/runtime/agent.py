@@ -17,6 +17,7 @@ import msgspec
 from scaler_executor.protocol import agent as protocol
 from scaler_executor.protocol.codec import Encoder, RemoteProtocolError
 from scaler_executor.protocol.messages import (
+    Blocked,
     DeathReport,
     ForkerMessage,
     ForkerSetup,
@@ -25,6 +26,7 @@ from scaler_executor.protocol.messages import (
     InterruptWorker,
     KillWorker,
     Message,
+    SessionMessage,
     ToForkerMessage,
     WorkerExited,
     WorkerForked,
@@ -300,12 +302,17 @@ class AgentRuntime:
             handle.session = WorkerSession(
                 self._loop,
                 socket.socket(fileno=fds[0]),
-                lambda message: self.handle(protocol.FromWorker(handle.worker_id, message)),
+                lambda message: self._session_said(handle, message),
                 lambda error: self._distrust(handle, error),
             )
         else:
             for fd in fds:
                 os.close(fd)
+
+    def _session_said(self, handle: WorkerHandle, message: SessionMessage) -> None:
+        if isinstance(message, Blocked):
+            self._read(handle)  # the calls before the one that waits are over: it is known then that they are
+        self.handle(protocol.FromWorker(handle.worker_id, message))
 
     def _tell_session(self, instruction: protocol.ToWorker) -> None:
         handle = self._workers.get(instruction.worker_id)

@@ -2,7 +2,7 @@
 
 A call waits as long as any of its threads does, in `result`, `exception`, `wait`, `as_completed`, the iterator of a
 `map`, or `shutdown`: so threads that wait for each other end too. Who has waited goes on when the call has its slot
-again; a thread goes on at once while others wait.
+again; but a thread goes on at once while others wait, and a call at once when it has waited for as long as it would.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import TypeVar
 
@@ -44,14 +45,14 @@ class Lender:
         seq = self._begin()
         try:
             result = wait()
-        except KeyboardInterrupt:
-            # Its end is near: what is still to be done is not worth a wait.
-            self._end(seq)
+        except (KeyboardInterrupt, TimeoutError, FutureTimeoutError):
+            # Its end is near, or what it has waited for has the slot and may keep it for long.
+            self._end(seq, at_once=True)
             raise
         except BaseException:
             self._await(self._end(seq))
             raise
-        self._await(self._end(seq))
+        self._await(self._end(seq, at_once=result is False))
         return result
 
     def granted(self) -> None:
@@ -78,7 +79,7 @@ class Lender:
                     self._say(Blocked([seq]))
             return seq
 
-    def _end(self, seq: int) -> threading.Event | None:
+    def _end(self, seq: int, *, at_once: bool = False) -> threading.Event | None:
         with self._lock:
             if not seq or seq != self._seq or self._is_over:
                 return None
@@ -87,8 +88,8 @@ class Lender:
                 return None
             wanted = threading.Event()
             self._wanted.append(wanted)
-            self._say(Unblocked([seq]))
-            return wanted
+            self._say(Unblocked([seq], at_once))
+            return None if at_once else wanted
 
     @staticmethod
     def _await(wanted: threading.Event | None) -> None:

@@ -69,6 +69,7 @@ class FakeScheduler:
         self.has_owner = False
         self.cancel_grace_s: float | None = None
         self.max_unsent_bytes: int | None = None
+        self.token = b""
         self.may_be_renewed = False
         self.store = None
         self.was_started = False
