@@ -23,6 +23,7 @@ from scaler_executor.protocol.messages import (
     CancelKind,
     Function,
     Nested,
+    Refused,
     TaskSubmit,
     Unblocked,
     Welcome,
@@ -84,12 +85,13 @@ class Nesting:
             if is_orphaned or is_late:
                 self._tasks.step(task, "CANCEL", BY_OPERATOR, CancelKind.FORCED)
 
-    def end(self, session: Session) -> None:
+    def end(self, session: Session, *, has_last_words: bool = False) -> None:
         """A session is over. What the worker's calls that have ended have left behind goes on, answered to nobody; the
-        rest is stopped."""
+        rest is stopped. `has_last_words`: it still hears what is known."""
         self.sessions.pop((session.agent, session.worker_id), None)
         session.gone = True
-        self._output.touched.pop(session, None)
+        if not has_last_words:
+            self._output.touched.pop(session, None)
         if not session.account.gone:
             self._intake.forget_functions(session.account, list(session.functions))
             for task in [task for task in self._tasks.by_id.values() if task.client is session]:
@@ -103,9 +105,13 @@ class Nesting:
 
     def client_lost(self, account: Client) -> None:
         """End the sessions of a client, all of whose calls are being stopped."""
+        has_left = account in self.leaving
         for session in [session for session in self.sessions.values() if session.account is account]:
-            self.end(session)
-        if account in self.leaving:
+            if not has_left:
+                refusal = Refused("the client that the worker serves is gone")
+                self._output.instructions.append(Send(session.agent.peer, Nested(session.worker_id, refusal)))
+            self.end(session, has_last_words=has_left)
+        if has_left:
             self.leaving.remove(account)
 
     def blocked(self, agent: Agent, message: Blocked) -> None:
