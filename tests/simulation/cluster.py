@@ -18,6 +18,7 @@ from scaler_executor.protocol import scheduler as schedulers
 from scaler_executor.protocol.client import REST
 from scaler_executor.protocol.messages import (
     CLIENT_ID_SHIFT,
+    Blocked,
     Bye,
     CallStyle,
     CancelKind,
@@ -35,6 +36,9 @@ from scaler_executor.protocol.messages import (
     TaskCancelConfirmType,
     TaskResult,
     TaskRun,
+    TaskSubmit,
+    Unblocked,
+    Welcome,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, INTERRUPT, ITEM, STOP, slot
 from scaler_executor.protocol.priorities import PriorityQueue
@@ -88,6 +92,18 @@ class SimClient:
         self.client_id = 0
 
 
+class SimSession(SimClient):
+    """What the calls in one worker submit."""
+
+    def __init__(self, index: int, root: SimClient, worker: SimWorker) -> None:
+        super().__init__(index, None)
+        self.root = root
+        self.worker = worker
+        self.is_welcome = False
+        #: What is to be said as soon as it is welcome.
+        self.waiting: list[Any] = []
+
+
 class SimAgent:
     def __init__(self, index: int, state: agents.AgentState) -> None:
         self.index = index
@@ -125,6 +141,7 @@ class Cluster:
         self.default_behaviour = Behaviour()
         # What really happened, by (client index, item number).
         self.starts: Counter[tuple[int, int]] = Counter()
+        self.ended: Counter[tuple[int, int]] = Counter()
         self.running: dict[tuple[int, int], tuple[int, int]] = {}
         self.confirmed: set[tuple[int, int]] = set()
         #: Items in progress when their worker died, or whose agent was lost.
@@ -137,6 +154,8 @@ class Cluster:
         #: {where: how many were taken since one of lower priority than others was}
         self.taken: Counter[Key] = Counter()
         self.an_agent_was_lost = False
+        #: {item: the item that has submitted it}
+        self.parents: dict[tuple[int, int], tuple[int, int]] = {}
 
     # For the driver
 
@@ -310,6 +329,8 @@ class Cluster:
         if worker.dead:
             return
         worker.dead = True
+        if worker.session is not None:
+            worker.session.gone = True
         page = worker.page
         if page[CURRENT] != page[DONE]:
             self.victims[worker.client, worker.first_no + (page[ITEM] if worker.is_run else 0)] += 1
@@ -358,6 +379,8 @@ class Cluster:
             agent.ordered.discard(report.worker_id)
         if isinstance(report, agents.Exited):
             # A result that is in the pipe counts, whatever happened afterwards.
+            for message in self.queues.pop(("session", agent.index, report.worker_id), ()):
+                self.to_agent(agent, agents.FromWorker(report.worker_id, message))
             self.read_pipe(agent, report.worker_id)
             del agent.workers[report.worker_id]
         elif isinstance(report, agents.Forked):
@@ -365,6 +388,83 @@ class Cluster:
         self.to_agent(agent, report)
         if isinstance(report, agents.Forked):
             self.read_pipe(agent, report.worker_id)  # it may have rung before its pipe was here
+
+    # Nested calls
+
+    def root_of(self, client: int) -> SimClient:
+        """Return the client as which this one counts."""
+        found = self.clients[client]
+        return found.root if isinstance(found, SimSession) else found
+
+    def nest(self, worker: SimWorker, behaviour: Behaviour) -> None:
+        """Have the call in progress submit others."""
+        session = worker.session
+        if session is None:
+            session = worker.session = SimSession(len(self.clients), self.root_of(worker.client), worker)
+            self.clients.append(session)
+            self.post(("session", worker.agent, worker.worker_id), Hello("client"))
+        first = session.last_no + 1
+        for no, child in enumerate(behaviour.children, first):
+            self.plan[session.index, no] = child
+            self.parents[session.index, no] = worker.current_item()
+        self.note(f"worker {worker.worker_id} of agent {worker.agent}", worker.current_item(), "submits", session.index)
+        self.submit(session, [1] * len(behaviour.children))
+        if behaviour.waits:
+            worker.awaited = [session.futures[first + index] for index in range(len(behaviour.children))]
+            self.say(session, Blocked([worker.seq]))
+            worker.pc = "waiting"
+
+    def unblock(self, worker: SimWorker) -> None:
+        """The call in progress wants to go on."""
+        self.say(worker.session, Unblocked([worker.seq]))
+
+    def goes_on(self, worker: SimWorker) -> None:
+        """The call in progress has its slot."""
+        state = self.agents[worker.agent].state._crew.workers.get(worker.worker_id)
+        assert state is None or state.counts or state.state == "LEAVING", "it goes on without a slot"
+        self.check_limit(worker)
+
+    def check_limit(self, worker: SimWorker) -> None:
+        """Assert that no more calls run than may."""
+        root = self.root_of(worker.client)
+        if root.max_running is None or len(self.agents) > 1:
+            return
+        count = 0
+        for item, (agent, worker_id) in self.running.items():
+            runner = self.agents[agent].workers.get(worker_id)
+            waits = runner is not None and (runner.pc in ("waiting", "wanting", "unwinding") or runner.interrupted)
+            count += self.root_of(item[0]) is root and item not in self.confirmed and not waits
+        assert count <= root.max_running, f"{count} items of client {root.index} run at once"
+
+    def say(self, session: SimSession, message: Any) -> None:
+        """Say something to the agent, behind what has been submitted."""
+        if session.is_welcome:
+            self.post(("session", session.worker.agent, session.worker.worker_id), message)
+        else:
+            session.waiting.append(message)
+
+    def _on_session(self, key: Key, message: Any) -> None:
+        """Worker to agent."""
+        agent = self.agents[key[1]]
+        if not agent.gone:
+            self.read_pipe(agent, key[2])
+            self.to_agent(agent, agents.FromWorker(key[2], message))
+
+    def _on_told(self, key: Key, message: Any) -> None:
+        """Agent to worker."""
+        worker = self.agents[key[1]].workers.get(key[2])
+        if worker is None or worker.dead:
+            return
+        if isinstance(message, Unblocked):
+            worker.granted = True
+        else:
+            self.to_client(worker.session, clients.Received(message))
+            if isinstance(message, Welcome):
+                worker.session.is_welcome = True
+                waiting, worker.session.waiting = worker.session.waiting, []
+                for said in waiting:
+                    self.say(worker.session, said)
+        self.may_step(worker)
 
     # Steps of the machines
 
@@ -399,7 +499,7 @@ class Cluster:
         if isinstance(message, TaskRun):
             for row in message.tasks:
                 task = self.scheduler._tasks.by_id[row[0]]
-                self._check_order("scheduler", task, task.client.queue)
+                self._check_order("scheduler", task, task.client.account.queue)
         if owner is not None:
             self.send(("down", peer), message)
 
@@ -426,6 +526,8 @@ class Cluster:
         left = [item for item in queue if item.state == "QUEUED"]
         priority, most = priority_of(given), max(map(priority_of, left), default=-(1 << 60))
         key = (where, given.client.client_id)
+        if self.parents:
+            return  # nested calls overtake others for as long as there are any
         if priority >= most:
             self.taken[key] += 1
         else:
@@ -449,6 +551,21 @@ class Cluster:
         for no in range(first, first + count):
             assert (client, no) not in self.running, f"item {no} of client {client} is confirmed and still running"
             self.confirmed.add((client, no))
+        for item in () if self.an_agent_was_lost else self.running:
+            ancestor = self.parents.get(item)
+            while ancestor is not None:
+                is_meant = ancestor[0] == client and first <= ancestor[1] < first + count
+                assert not is_meant or self.is_left_behind(item), f"{item} runs, and {ancestor} is confirmed"
+                ancestor = self.parents.get(ancestor)
+
+    def is_left_behind(self, item: tuple[int, int]) -> bool:
+        """Tell whether a call was left behind by an attempt or an item that had ended, or cannot be stopped."""
+        agent, worker_id = self.running[item]
+        worker = self.agents[agent].workers.get(worker_id)
+        chain = [item]
+        while chain[-1] in self.parents:
+            chain.append(self.parents[chain[-1]])
+        return worker is None or worker.stuck or any(self.ended[ancestor] for ancestor in chain[1:])
 
     def to_agent(self, agent: SimAgent, event: Any) -> None:
         if agent.gone:
@@ -496,6 +613,8 @@ class Cluster:
             worker = agent.workers[instruction.worker_id]
             worker.hung_up = True
             self.may_step(worker)
+        elif isinstance(instruction, agents.ToWorker):
+            self.post(("told", index, instruction.worker_id), instruction.message)
         elif isinstance(instruction, agents.Look):
             looked = agent.workers.get(instruction.worker_id)
             if looked is not None:
@@ -561,7 +680,13 @@ class Cluster:
     def _do_for_client(self, client: SimClient, instruction: Any) -> None:
         self.note(f"client {client.index} says", instruction)
         futures = client.futures
-        if isinstance(instruction, clients.Send):
+        if isinstance(instruction, clients.Send) and isinstance(client, SimSession):
+            worker, message = client.worker, instruction.message
+            if isinstance(message, TaskSubmit):
+                page = worker.page
+                message.parent = page[CURRENT] << 32 | page[ITEM] if page[CURRENT] != page[DONE] else 0
+            self.post(("session", worker.agent, worker.worker_id), message)
+        elif isinstance(instruction, clients.Send):
             peer = self._peer_of(client)
             self.send(("up", peer), instruction.message)
         elif isinstance(instruction, clients.Deliver):
@@ -616,6 +741,8 @@ class Cluster:
             assert all((self.behaviour(*item).ending == "error") == (kind == ResultKind.ERROR) for item in items)
         elif kind == ResultKind.DIED:
             innocent = [item for item in items if self.victims[item] <= self.retries]
+            if isinstance(client, SimSession) and b"no worker could be started" in payload:
+                return
             assert not innocent or self.an_agent_was_lost, f"{innocent} are blamed for deaths that were not theirs"
 
     # What workers do
@@ -633,8 +760,12 @@ class Cluster:
         self.began[item] = self.now
         assert self.starts[item] <= 1 + self.retries, f"{item} started {self.starts[item]} times"
         self.running[item] = (worker.agent, worker.worker_id)
+        state = self.agents[worker.agent].state._crew.workers.get(worker.worker_id)
+        assert state is None or state.counts or state.state == "LEAVING", f"{item} runs without a slot"
         most = self.clients[worker.client].max_running
-        if most is not None:
+        if self.parents:
+            self.check_limit(worker)
+        elif most is not None:
             # Not those that have timed out and could not be stopped.
             count = sum(other[0] == worker.client and other not in self.confirmed for other in self.running)
             assert count <= most, f"{count} items of client {worker.client} run at once, {most} may"
@@ -642,6 +773,7 @@ class Cluster:
     def item_ends(self, worker: SimWorker) -> None:
         item = worker.current_item()
         del self.running[item]
+        self.ended[item] += 1
         self.ran_s[item] = self.now - self.began[item]
 
     def step(self, worker: SimWorker) -> None:

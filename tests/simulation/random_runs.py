@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from dataclasses import replace
 from typing import Any
 
 from scaler_executor.protocol import agent as agents
@@ -27,7 +28,7 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
 )
 
-from .cluster import KINDS, Behaviour, Cluster, SimAgent, SimClient
+from .cluster import KINDS, Behaviour, Cluster, SimAgent, SimClient, SimSession
 from .worker import SimWorker
 
 MAX_STEPS = 30_000
@@ -56,6 +57,9 @@ class Run(Cluster):
         options = self.options = random.Random(f"options {seed}")
         self.has_options = options.random() < 0.5
         super().__init__(rng.choice([0, 0, 0, 1, 2]), options.choice([0.002, 0.02, 0.3, 3.0]))
+        #: Draws what calls submit themselves: in every third run some do.
+        nested = self.nested = random.Random(f"nested {seed}")
+        self.has_nesting = nested.random() < 0.35
         #: So that few calls are enough.
         self.overtakes = options.choice([1, 3, priorities.OVERTAKES])
         self.seed = seed
@@ -141,6 +145,8 @@ class Run(Cluster):
                 rng.choice([0, 1e-4, 0.05, 3.0]),
                 "exit" if rng.random() < 0.02 else "error" if rng.random() < 0.1 else "value",
             )
+            if self.has_nesting and self.nested.random() < 0.4:
+                self.plan[client.index, no] = self.with_children(self.plan[client.index, no], 3)
         cancels = []
         if rng.random() < 0.1:
             cancels = [(first, rng.choice([CancelKind.SOFT, CancelKind.FORCED]))]
@@ -149,6 +155,20 @@ class Run(Cluster):
         if rng.random() < 0.05:
             client.closing = True
             self.to_client(client, clients.CloseAsked())
+
+    def with_children(self, behaviour: Behaviour, depth: int) -> Behaviour:
+        """Return the behaviour of a call that submits some."""
+        rng = self.nested
+        children = []
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            child = Behaviour(
+                rng.choice(self.durations),
+                rng.choice(["unwind", "unwind", "swallow", "ignore"]),
+                rng.choice([0, 1e-4, 0.05]),
+                "exit" if rng.random() < 0.03 else "value",
+            )
+            children.append(self.with_children(child, depth - 1) if depth and rng.random() < 0.5 else child)
+        return replace(behaviour, children=tuple(children), waits=rng.random() < 0.9)
 
     def cancel_some(self, client: SimClient) -> None:
         rng = self.rng
@@ -202,7 +222,7 @@ class Run(Cluster):
             if not any(not other.gone for other in self.agents):
                 self.add_agent(**self.settings)
         elif what == "client":
-            client = rng.choice(self.clients)
+            client = rng.choice([client for client in self.clients if not isinstance(client, SimSession)])
             if not client.gone and any(owner is client for owner in self.peers.values()):
                 self.note("fault: client", client.index)
                 self.lose_client(client)
@@ -232,6 +252,8 @@ class Run(Cluster):
     def cancel_what_it_is_at(self, worker: SimWorker) -> None:
         """Aim a cancel at the very step that a worker is taking."""
         client, item = self.clients[worker.client], worker.first_no + worker.item
+        if isinstance(client, SimSession):
+            return
         task = max((no for no in client.futures if no <= item), default=None)
         if not client.gone and task is not None:
             self.cancel(client, [(task, self.rng.choice([CancelKind.SOFT, CancelKind.FORCED]))])
@@ -274,6 +296,8 @@ class Run(Cluster):
         heapq.heappush(self.heap, (self.now + delay, self.pushed, "step", worker, self.pushed))
 
     def expedite(self, worker: SimWorker) -> None:
+        if worker.pc in ("waiting", "wanting"):
+            self.may_step(worker)
         if worker.pc != "running" or worker.frozen or worker.killed or worker.dead:
             return
         if self.behaviour(*worker.current_item()).on_interrupt != "ignore":
@@ -298,7 +322,8 @@ class Run(Cluster):
         try:
             self.drain_heap()
             for client in self.clients:
-                self.to_client(client, clients.CloseAsked())
+                if not isinstance(client, SimSession):
+                    self.to_client(client, clients.CloseAsked())
             self.drain_heap()
             self.is_over = True
             for agent in self.agents:

@@ -40,6 +40,9 @@ class Behaviour:
     unwind_s: float = 0.0
     #: How it ends: "value", "error", or "exit" (os._exit).
     ending: str = "value"
+    #: What it submits itself, and whether it waits for that.
+    children: tuple[Behaviour, ...] = ()
+    waits: bool = True
 
 
 class Page(dict):  # type: ignore[type-arg]
@@ -90,6 +93,11 @@ class SimWorker:
         self.client = 0
         self.ran = 0
         self.seconds = 0.0
+        #: Its nested session, what the call in progress has submitted by it and waits for, and whether it has its slot.
+        self.session: Any = None
+        self.has_nested = False
+        self.awaited: list[Any] = []
+        self.granted = False
 
     @property
     def alive(self) -> bool:
@@ -99,6 +107,11 @@ class SimWorker:
         """Tell whether there is a next step."""
         if self.dead or self.frozen or self.killed:
             return False
+        if self.pc in ("waiting", "wanting"):
+            is_over = self.granted if self.pc == "wanting" else all(future.settled for future in self.awaited)
+            return is_over or (self.signal and self.armed == self.page[INTERRUPT])
+        if self.pc == "idle" and self.hung_up and not self.inbox and self.session is not None:
+            return all(future.settled for future in self.session.futures.values())
         return self.pc != "idle" or bool(self.inbox) or self.hung_up
 
     def current_item(self) -> tuple[int, int]:
@@ -202,6 +215,7 @@ class SimWorker:
 
     def _run_item(self, cluster: Any) -> None:
         cluster.item_starts(self)
+        self.has_nested = False
         self.pc = "running"
 
     def _running(self, cluster: Any) -> None:
@@ -218,12 +232,36 @@ class SimWorker:
                     cluster.item_ends(self)
                     self.pc = "write_unwound"
                     return
+        if behaviour.children and not self.has_nested and not self.interrupted:
+            self.has_nested = True
+            cluster.nest(self, behaviour)
+            return
         self.armed = 0
         cluster.item_ends(self)
         if behaviour.ending == "exit":
             self._exit(cluster, 3)
             return
         self.pc = "write"
+
+    def _waiting(self, cluster: Any) -> None:
+        if not self._is_interrupted(cluster):
+            self.granted = False
+            cluster.unblock(self)
+            self.pc = "wanting"
+
+    def _wanting(self, cluster: Any) -> None:
+        if not self._is_interrupted(cluster):
+            cluster.goes_on(self)
+            self.pc = "running"
+
+    def _is_interrupted(self, cluster: Any) -> bool:
+        if not self.signal or self.armed != self.page[INTERRUPT]:
+            return False
+        self.signal, self.armed, self.interrupted = False, 0, True
+        if cluster.behaviour(*self.current_item()).on_interrupt == "swallow":
+            return False  # it waits on
+        self.pc = "unwinding"
+        return True
 
     def _unwinding(self, cluster: Any) -> None:
         cluster.item_ends(self)
