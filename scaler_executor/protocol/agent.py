@@ -147,7 +147,7 @@ class AgentState:
         else:
             unreachable(event)
         self._timers()
-        if self._crew.parked or self._lending.wanting or self._crew.is_wanted:
+        if self._lending.is_at_work:
             self._lending.give_back()
         self._dispatch.give_out()
         self._dispatch.freeze()

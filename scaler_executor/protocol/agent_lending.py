@@ -133,6 +133,11 @@ class Lending:
 
     # Who has a slot
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether `give_back` may have something to do."""
+        return bool(self._crew.parked or self.wanting or self._crew.is_wanted or self.due_at is not None)
+
     def give_back(self) -> None:
         """Give slots back to those who want them, and let workers that are parked have what is left."""
         crew = self._crew

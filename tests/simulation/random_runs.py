@@ -60,6 +60,8 @@ class Run(Cluster):
         #: Draws what calls submit themselves: in every third run some do.
         nested = self.nested = random.Random(f"nested {seed}")
         self.has_nesting = nested.random() < 0.35
+        if self.has_nesting:
+            self.max_steps = 8 * self.max_steps  # calls last as long as what they wait for
         #: So that few calls are enough.
         self.overtakes = options.choice([1, 3, priorities.OVERTAKES])
         self.seed = seed
