@@ -162,12 +162,13 @@ class NestedClient(ClientFutureManager):
             self._lender.end()
             self._tell_flushed()
 
-    def _take_up(self) -> None:
+    def _take_up(self) -> int:
         # What is said from now on goes behind what is submitted from now on, which waits for Welcome.
         count = len(self._said) if self._is_welcome else 0
-        super()._take_up()
+        calls = super()._take_up()
         for _ in range(count):
             self._outbox.queue(self._said.popleft())
+        return calls
 
     def _note_room(self, max_bytes: int) -> None:
         super()._note_room(max_bytes)
