@@ -171,7 +171,7 @@ class Worker:
         self.killed = False
         #: It did not stand still, or die, in time: nothing is recalled from it, and once killed it cannot be stopped.
         self.stuck = False
-        #: Calls in it submit others.
+        #: Calls in it submit others, which must not stand behind them: it is given one at a time.
         self.has_session = False
         #: The call in it that has said that it waits for others; 0: none.
         self.asked_for = 0
@@ -253,6 +253,7 @@ class Crew:
                 worker.state == "READY"
                 and not worker.retired
                 and worker.counts
+                and not worker.has_session
                 and worker.client is client
                 and worker.load_s <= PORTION_S
                 and worker.freeze is None
@@ -269,7 +270,7 @@ class Crew:
     def portion_items(self, worker: Worker, function: AgentFunction) -> int:
         """Return how many items of `function` make up the next portion of `worker`."""
         seconds = function.seconds
-        if seconds is None:
+        if seconds is None or worker.has_session:
             return 1
         client = worker.client
         fair = -(-client.queued_items // max(1, client.staff))
