@@ -359,7 +359,7 @@ class SchedulerState:
             if any(task.client is client for task in left):
                 raise RemoteProtocolError("Bye with tasks outstanding")
             if left:
-                self._nesting.leaving.append(client)  # what its calls have left behind is still to be done
+                self._nesting.leave(client)  # what its calls have left behind is still to be done
                 return
             self._output.instructions.append(Drop(client.peer, "bye"))
             self._peer_lost(client.peer, "bye", stopped=True)
@@ -440,7 +440,7 @@ class SchedulerState:
             for client in self._peers.values():
                 if isinstance(client, Client) and client.client_id == message.client_id:
                     agent.disinherited.add(message.client_id)
-                    self._output.instructions.append(Send(client.peer, message))
+                    self._nesting.ask_for_inheritance(client, agent, message)
         elif isinstance(message, WorkersBroken):
             for client in list(self._peers.values()):
                 if isinstance(client, Client) and client.client_id == message.client_id:

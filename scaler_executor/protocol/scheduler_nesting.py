@@ -22,6 +22,8 @@ from scaler_executor.protocol.messages import (
     Blocked,
     CancelKind,
     Function,
+    InheritanceLost,
+    InheritanceReplaced,
     Nested,
     Refused,
     TaskSubmit,
@@ -58,12 +60,18 @@ class Nesting:
         key = agent, message.worker_id
         if key in self.sessions:
             raise RemoteProtocolError(f"a second session of worker {message.worker_id}")
-        if account is not None and not account.gone:
+        if account is None or account.gone:
+            self._refuse(agent, message.worker_id)
+        else:
             session = Session(agent, message.worker_id, account, client_id, self._output.now)
             self.sessions[key] = session
             workers = sum(other.workers for other in self._assignment.agents)
             welcome = Nested(message.worker_id, Welcome(client_id, workers=workers))
             self._output.instructions.append(Send(agent.peer, welcome))
+
+    def _refuse(self, agent: Agent, worker_id: int) -> None:
+        refusal = Refused("the client that the worker serves is gone")
+        self._output.instructions.append(Send(agent.peer, Nested(worker_id, refusal)))
 
     def find(self, agent: Agent, message: Nested) -> Session | None:
         """Return the session that a message is of; None: it is over."""
@@ -108,11 +116,28 @@ class Nesting:
         has_left = account in self.leaving
         for session in [session for session in self.sessions.values() if session.account is account]:
             if not has_left:
-                refusal = Refused("the client that the worker serves is gone")
-                self._output.instructions.append(Send(session.agent.peer, Nested(session.worker_id, refusal)))
+                self._refuse(session.agent, session.worker_id)
             self.end(session, has_last_words=has_left)
         if has_left:
             self.leaving.remove(account)
+
+    def leave(self, account: Client) -> None:
+        """A client has said Bye, and so says nothing more; what its calls have left behind is to be done."""
+        self.leaving.append(account)
+        for agent in self._assignment.agents:
+            if account.client_id in agent.disinherited:
+                self._inherit_nothing(account, agent)
+
+    def ask_for_inheritance(self, account: Client, agent: Agent, message: InheritanceLost) -> None:
+        """Have a client say what replaces what its workers inherited."""
+        if account in self.leaving:
+            self._inherit_nothing(account, agent)
+        else:
+            self._output.instructions.append(Send(account.peer, message))
+
+    def _inherit_nothing(self, account: Client, agent: Agent) -> None:
+        agent.disinherited.remove(account.client_id)
+        self._output.instructions.append(Send(agent.peer, InheritanceReplaced(account.client_id, [])))
 
     def blocked(self, agent: Agent, message: Blocked) -> None:
         """Calls wait for others: there is room for as many, and then they lend their slots."""

@@ -17,7 +17,15 @@ from typing import Any, Final
 from scaler_executor.defaults import CANCEL_TIMEOUT_S
 from scaler_executor.protocol.client import Event, Instruction, Received, Send
 from scaler_executor.protocol.codec import RemoteProtocolError
-from scaler_executor.protocol.messages import Message, Payload, TaskSubmit, ToSessionMessage, Unblocked, Welcome
+from scaler_executor.protocol.messages import (
+    Message,
+    Payload,
+    Refused,
+    TaskSubmit,
+    ToSessionMessage,
+    Unblocked,
+    Welcome,
+)
 from scaler_executor.runtime.client import ClientFutureManager
 from scaler_executor.runtime.lender import Lender
 from scaler_executor.runtime.namespace import Definition, MainDefinitions
@@ -115,6 +123,8 @@ class NestedClient(ClientFutureManager):
         #: The workers of all agents, once the scheduler has said Welcome.
         self.workers = 1
         self._has_welcome = ThreadEvent()
+        #: It will not: nothing that is submitted comes to anything.
+        self._is_refused = False
         cluster = NestedCluster(site)
         try:
             super().__init__(cluster, cancel_timeout_s=CANCEL_TIMEOUT_S)
@@ -139,7 +149,7 @@ class NestedClient(ClientFutureManager):
         flushed.wait(FLUSH_S)
 
     def _has_sent(self) -> bool:
-        return self._is_welcome and not self._outbox.has_unsent and not self._batch.tasks
+        return self._is_refused or (self._is_welcome and not self._outbox.has_unsent and not self._batch.tasks)
 
     def join_view(self, terms: Terms) -> None:
         """As `ClientFutureManager.join_view`."""
@@ -164,7 +174,7 @@ class NestedClient(ClientFutureManager):
 
     def _take_up(self) -> int:
         # What is said from now on goes behind what is submitted from now on, which waits for Welcome.
-        count = len(self._said) if self._is_welcome else 0
+        count = len(self._said) if self._is_welcome or self._is_refused else 0
         calls = super()._take_up()
         for _ in range(count):
             self._outbox.queue(self._said.popleft())
@@ -194,6 +204,10 @@ class NestedClient(ClientFutureManager):
             if isinstance(message, Welcome):
                 self.workers = max(1, message.workers)
                 self._has_welcome.set()
+            elif isinstance(message, Refused):
+                self._is_refused = True
+                self._has_welcome.set()
+                self._tell_flushed()
         super()._handle(event)
 
     def _perform(self, instructions: Iterable[Instruction]) -> None:
