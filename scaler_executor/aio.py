@@ -24,9 +24,10 @@ from scaler_executor.progress import make_meter, running_in
 if TYPE_CHECKING:
     from scaler_executor.executor import ScalerExecutor
     from scaler_executor.runtime.client import ClientFutureManager
+    from scaler_executor.runtime.handle import Handle
     from scaler_executor.runtime.view import ClientView
 
-    Client: TypeAlias = ClientFutureManager | ClientView
+    Client: TypeAlias = ClientFutureManager | ClientView | Handle
 
 T = TypeVar("T")
 

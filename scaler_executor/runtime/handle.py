@@ -7,22 +7,14 @@ submitted through it, and ends nothing that others use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from scaler_executor.defaults import DefaultTimeout
-from scaler_executor.future import ScalerFuture
-from scaler_executor.protocol.messages import Options, Payload
+from scaler_executor.protocol.messages import Options
 from scaler_executor.runtime.nesting_site import NestingSite, get_site
 from scaler_executor.runtime.terms import Terms
 
 if TYPE_CHECKING:
     from scaler_executor.executor import ScalerExecutor
-    from scaler_executor.runtime.calls import CallPickler
-    from scaler_executor.runtime.functions import PreparedFunction
-    from scaler_executor.runtime.interfaces import Run
-    from scaler_executor.runtime.lender import Lender
-    from scaler_executor.runtime.namespace import Needs
     from scaler_executor.runtime.view import ClientView
 
 
@@ -55,79 +47,15 @@ class Handle:
             view = self.__dict__["_made"] = self._made or view
         return view
 
-    # As ClientView
-
-    @property
-    def pickler(self) -> CallPickler:
-        """See `ClientView`."""
-        return self._view().pickler
-
-    @property
-    def lender(self) -> Lender | None:
-        """See `ClientView`."""
-        return self._view().lender
-
     def view(self, options: Options, name: str | None, owner: object) -> ClientView:
         """Return a view of this one."""
         return self._view().view(options, name, owner)
 
-    def check_open(self) -> None:
-        """Raise what a new call would raise."""
-        self._view().check_open()
-
-    def start(self) -> None:
-        """Do what the first call needs."""
-        self._view().start()
-
-    def submit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScalerFuture[Any]:
-        """Pickle and queue a call."""
-        return self._view().submit(function, args, kwargs)
-
-    def prepare(self, function: Any) -> PreparedFunction:
-        """Make a function ready for `submit_run`."""
-        return self._view().prepare(function)
-
-    def needs(self, names: Iterable[str]) -> Needs:
-        """Return the definitions that these globals of `__main__` need now."""
-        return self._view().needs(names)
-
-    def submit_run(
-        self, prepared: PreparedFunction, needs: Needs, function_id: int, items: int, payload: Payload, run: Run
-    ) -> int | None:
-        """Queue a run and number it."""
-        return self._view().submit_run(prepared, needs, function_id, items, payload, run)
-
-    def take_back(self, tasks: list[int]) -> None:
-        """Cancel what has not started of these tasks, without waiting."""
-        self._view().take_back(tasks)
-
-    def take_back_all(self, max_workers: int) -> None:
-        """Cancel what has not started of its calls, without waiting."""
-        self._view().take_back_all(max_workers)
-
-    def clear(self, timeout: float | DefaultTimeout | None) -> None:
-        """Cancel its calls by force."""
-        self._view().clear(timeout)
-
-    def close(self) -> None:
-        """Accept no more calls. Never waits."""
-        self._view().close()
-
-    def join(self) -> None:
-        """Wait until its calls are over, callbacks included."""
-        self._view().join()
-
-    def join_soon(self) -> None:
-        """As `join`."""
-        self._view().join_soon()
-
-    def kill(self) -> None:
-        """Stop its calls without waiting."""
-        self._view().kill()
-
-    def kill_workers(self) -> None:
-        """Close, and stop its calls without waiting."""
-        self._view().kill_workers()
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else executors, maps and the like ask a client: it is as `ClientView`.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._view(), name)
 
 
 def _site_of(token: bytes) -> NestingSite:
