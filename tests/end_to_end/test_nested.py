@@ -15,7 +15,7 @@ from pathlib import Path
 import nested_calls
 import pytest
 from served import Served
-from support import DEADLINE_S, Scene, is_gone, wait_gone
+from support import DEADLINE_S, Scene, is_gone, wait_gone, wait_until
 
 from scaler_executor import CancelOutcome, ScalerExecutor, WorkerDiedError
 
@@ -249,3 +249,24 @@ def test_functions_of_main(scene: Scene, start_method: str, served: Served, tmp_
         [sys.executable, str(program), *arguments], capture_output=True, text=True, timeout=2 * DEADLINE_S
     )
     assert done.stdout.split() == [str((3 + 4 + 3 + 4) + 8 + 6 + 5)], done.stderr
+
+
+def test_two_machines(tmp_path: Path) -> None:
+    """Nested calls run on whichever machine has room; when one of them is lost, so are the calls there, and what those
+    have submitted elsewhere."""
+    with Served(tmp_path) as cluster:
+        agent = cluster.join(2)
+        try:
+            with ScalerExecutor(address=cluster.connection) as executor:
+                values = list(executor.map(nested_calls.fibonacci, [8] * 6, timeout=DEADLINE_S))
+                assert values == [21] * 6
+                futures = [executor.submit(nested_calls.fibonacci, 12) for _ in range(4)]
+                assert futures[0].result(2 * DEADLINE_S) == 144
+                agent.kill()
+                for future in futures:
+                    error = future.exception(2 * DEADLINE_S)
+                    assert error is None or isinstance(error, WorkerDiedError), error
+                wait_until(lambda: cluster.workers() == 2, "the machine is not given up")
+                assert executor.submit(nested_calls.fibonacci, 5).result(DEADLINE_S) == 5
+        finally:
+            agent.close()

@@ -155,3 +155,8 @@ def clear_and_shutdown_return_nothing(executor: ScalerExecutor) -> None:
     executor.shutdown(wait=False, cancel_futures=True)
     executor.shutdown(True, cancel_futures=True)
     executor.shutdown(True, True)  # type: ignore[call-arg]
+
+
+def current_is_an_executor(executor: ScalerExecutor) -> None:
+    assert_type(ScalerExecutor.current(), ScalerExecutor)
+    assert_type(ScalerExecutor.current().submit(pow, 2, 3).result(), int)
