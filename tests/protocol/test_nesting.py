@@ -5,6 +5,7 @@ import pytest
 from scaler_executor.protocol import agent as agents
 from scaler_executor.protocol.agent_hiring import FORK_RETRY_S, MAX_FORK_FAILURES
 from scaler_executor.protocol.agent_lending import PARKED_S
+from scaler_executor.protocol.functions import ReceivedFunction
 from scaler_executor.protocol.messages import (
     BY_OPERATOR,
     CLIENT_ID_SHIFT,
@@ -29,7 +30,7 @@ from scaler_executor.protocol.messages import (
     Welcome,
     WorkerRun,
 )
-from scaler_executor.protocol.priorities import NESTED
+from scaler_executor.protocol.priorities import NESTED, OVERTAKES, PriorityQueue
 from scaler_executor.protocol.scheduler import Drop, Send
 
 from .test_agent import BASE, FUNCTION, READY, REPORT, Agent, batch_end, start, value
@@ -263,3 +264,18 @@ def test_the_newest_session_goes_first():
     (given,) = agent.records(value(1), batch_end(1.0), worker=1)[:1]
     assert given == agents.Start(1, WorkerRun([(2, 1, 0, SESSION + 1, b"c1")], [session_function]))
     assert FUNCTION.function_id == 1
+
+
+def test_nested_calls_do_not_let_others_pass():
+    """However many nested calls are taken, what is older but of no session waits: it would only add calls that wait."""
+    queue = PriorityQueue([Item(1, 0), *(Item(SESSION + no, RANK) for no in range(1, 3 * OVERTAKES))])
+    taken = [queue.popleft().task_id for _ in range(3 * OVERTAKES)]
+    assert taken == [*range(SESSION + 1, SESSION + 3 * OVERTAKES), 1]
+
+
+class Item:
+    state = "QUEUED"
+
+    def __init__(self, task_id, priority):
+        self.task_id = task_id
+        self.function = ReceivedFunction(Function(1, "f", b"", options=Options(priority=priority)), lambda _: None)

@@ -142,7 +142,7 @@ class Cluster:
         self.default_behaviour = Behaviour()
         # What really happened, by (client index, item number).
         self.starts: Counter[tuple[int, int]] = Counter()
-        self.ended: Counter[tuple[int, int]] = Counter()
+        self.completed: Counter[tuple[int, int]] = Counter()
         self.running: dict[tuple[int, int], tuple[int, int]] = {}
         self.confirmed: set[tuple[int, int]] = set()
         #: Items in progress when their worker died, or whose agent was lost.
@@ -566,7 +566,7 @@ class Cluster:
         chain = [item]
         while chain[-1] in self.parents:
             chain.append(self.parents[chain[-1]])
-        return worker is None or worker.stuck or any(self.ended[ancestor] for ancestor in chain[1:])
+        return worker is None or worker.stuck or any(self.completed[ancestor] for ancestor in chain[1:])
 
     def to_agent(self, agent: SimAgent, event: Any) -> None:
         if agent.gone:
@@ -772,10 +772,10 @@ class Cluster:
             count = sum(other[0] == worker.client and other not in self.confirmed for other in self.running)
             assert count <= most, f"{count} items of client {worker.client} run at once, {most} may"
 
-    def item_ends(self, worker: SimWorker) -> None:
+    def item_ends(self, worker: SimWorker, is_stopped: bool = False) -> None:
         item = worker.current_item()
         del self.running[item]
-        self.ended[item] += 1
+        self.completed[item] += not is_stopped
         self.ran_s[item] = self.now - self.began[item]
 
     def step(self, worker: SimWorker) -> None:

@@ -88,6 +88,10 @@ class Run(Cluster):
         self.step_s = rng.choice([1e-7, 1e-6, 1e-5])
         self.bad_forks = rng.choice([0, 0, 0, 0.05, 0.5])
         self.stuck = rng.choice([0, 0, 0, 0.1])
+        if self.has_nesting:
+            # What stands behind a call that waits, in a worker that cannot be frozen, takes the place of what that call
+            # waits for.
+            self.stuck = 0
         #: Steps of workers, over all of them, at which something happens to the worker that takes it or to its call.
         self.worker_steps = 0
         self.doomed_steps = set(rng.choices(range(1, 120), k=rng.choice([0, 0, 1, 3])))
@@ -340,8 +344,8 @@ class Run(Cluster):
             priorities.OVERTAKES = overtakes  # type: ignore[misc]
         return self
 
-    def item_ends(self, worker: SimWorker) -> None:
-        super().item_ends(worker)
+    def item_ends(self, worker: SimWorker, is_stopped: bool = False) -> None:
+        super().item_ends(worker, is_stopped)
         item = worker.current_item()
         if self.has_timeout(item) and not worker.stuck and not worker.frozen:
             most = self.timeout_s + self.settings["cancel_grace_s"] + LATE_S + 60 * self.forker_s

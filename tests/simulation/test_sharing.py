@@ -53,7 +53,7 @@ class Shared(Run):
 
         self.at(at, "user", submit, None)
 
-    def item_ends(self, worker):
+    def item_ends(self, worker, is_stopped=False):
         self.ended[worker.current_item()] = self.now
         super().item_ends(worker)
 

@@ -229,7 +229,7 @@ class SimWorker:
                     self.pc = "unwinding"
                     return
                 if behaviour.on_interrupt == "ignore":
-                    cluster.item_ends(self)
+                    cluster.item_ends(self, is_stopped=True)
                     self.pc = "write_unwound"
                     return
         if behaviour.children and not self.has_nested and not self.interrupted:
@@ -264,7 +264,7 @@ class SimWorker:
         return True
 
     def _unwinding(self, cluster: Any) -> None:
-        cluster.item_ends(self)
+        cluster.item_ends(self, is_stopped=True)
         self.pc = "write_unwound"
 
     def _write(self, cluster: Any) -> None:
