@@ -259,7 +259,7 @@ def say_late_what_was_printed() -> list[Change]:
         if rows:
             self._output.late.append(Send(Output(rows)))
 
-    return [(Prints, "_send", send)]
+    return [(Prints, "_send", send), (Prints, "send_due", lambda self: None)]
 
 
 def no_recall_from_busy_workers() -> list[Change]:
