@@ -86,11 +86,18 @@ class _Pending:
         rows = self.rows
         while rows and self.size > max_bytes:
             task_id, stream, lost, data = rows.popleft()
-            self.size -= len(data) + _ROW_BYTES
-            lost += 1 if stream == LOG and data else count_lines(data)
+            # Of the last row to be cut the end is left, from the begin of a line.
+            at = 0 if stream == LOG else data.find(b"\n", int(self.size - max_bytes)) + 1
+            at = at or len(data)
+            lost += (1 if data else 0) if stream == LOG else count_lines(data[:at])
             if dropped and dropped[-1][0] == task_id:
                 lost += dropped.pop()[2]
-            dropped.append((task_id, stream, lost, b""))
+            self.size -= at
+            if at < len(data):
+                rows.appendleft((task_id, stream, lost, data[at:]))
+            else:
+                dropped.append((task_id, stream, lost, b""))
+                self.size -= _ROW_BYTES
         rows.extendleft(reversed(dropped))
         self.size += len(dropped) * _ROW_BYTES
 
@@ -130,7 +137,9 @@ class Prints:
             if begun is not None:
                 data = begun[1] + data
                 del pending.lines[stream]
-            end = len(data) if kind & FLUSHED or len(data) > MAX_LINE_BYTES else data.rfind(b"\n") + 1
+            end = len(data) if kind & FLUSHED else data.rfind(b"\n") + 1
+            if len(data) - end > MAX_LINE_BYTES:
+                end = _whole_characters(data)
             if end:
                 pending.add((task_id, stream, 0, data[:end]))
             if end < len(data):
@@ -219,6 +228,15 @@ class Prints:
         if rows:
             # Before the rows of results and of confirms, which come last.
             self._output.instructions.append(Send(Output(rows)))
+
+
+def _whole_characters(data: bytes) -> int:
+    """Return how much of a text does not end within a character."""
+    for back in range(1, 4):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:  # the first of a character, which says how many there are
+            return len(data) - back if byte >= 0xC0 and back < 2 + (byte >= 0xE0) + (byte >= 0xF0) else len(data)
+    return len(data)
 
 
 def _allowance(budget: Budget, now: float) -> float:
