@@ -289,7 +289,12 @@ class AgentRuntime:
             self._output_due = monotonic() + OUTPUT_INTERVAL_S
         rows = handle.output.read()
         if rows:
-            self.handle(protocol.Printed(handle.worker_id, rows))
+            # Nothing is looked at meanwhile: results that were read before this are still to be said, before others.
+            was_looking, self._is_looking = self._is_looking, True
+            try:
+                self.handle(protocol.Printed(handle.worker_id, rows))
+            finally:
+                self._is_looking = was_looking
 
     def _look_at_output(self, now: float) -> None:
         """Look at the workers that have printed something: one that goes on is looked at again, another one rings."""

@@ -115,8 +115,14 @@ with ScalerExecutor(4) as executor:
     for future in [executor.submit(printing.say_lines, 2000, letter, 777) for letter in "abcdefgh"]:
         future.result({DEADLINE_S})
 """
+    # Unbuffered, as some environments have it, each part of a line is a write of its own, as with any other pool.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=dict(os.environ, PYTHONPATH=python_path()), capture_output=True, text=True, timeout=DEADLINE_S
+        [sys.executable, "-c", program],
+        env={**environment, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stderr
     assert Counter(done.stdout.splitlines()) == {letter * 777: 2000 for letter in "abcdefgh"}
@@ -251,7 +257,10 @@ with ScalerExecutor(address={str(served.connection)!r}) as executor:
     print(done, len(futures[0].log) > 60_000, file=sys.stderr)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], env=dict(os.environ, PYTHONPATH=python_path()), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", program],
+        env=dict(os.environ, PYTHONPATH=python_path()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         assert process.wait(DEADLINE_S) == 0
