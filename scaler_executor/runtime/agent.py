@@ -174,7 +174,7 @@ class AgentRuntime:
     def handle(self, event: protocol.Event) -> None:
         """Feed one event to the state and do what it says."""
         now = monotonic()
-        if self._output_due is not None and self._output_due <= now:
+        if self._output_due is not None and self._output_due <= now and not self._is_looking:
             self._look_at_output(now)
         for instruction in self._state.handle(event, now):
             self._perform_one[type(instruction)](instruction)
@@ -289,7 +289,8 @@ class AgentRuntime:
             self._output_due = monotonic() + OUTPUT_INTERVAL_S
         rows = handle.output.read()
         if rows:
-            # Nothing is looked at meanwhile: results that were read before this are still to be said, before others.
+            # Nothing is looked at meanwhile: what was read before, this and results, is to be said before what is read
+            # later.
             was_looking, self._is_looking = self._is_looking, True
             try:
                 self.handle(protocol.Printed(handle.worker_id, rows))
