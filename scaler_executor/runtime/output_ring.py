@@ -122,8 +122,10 @@ class OutputWriter:
         end = start + _HEAD_BYTES + len(data)
         # Room for it to grow as well, so that this is looked at once a record.
         limit = start + _HEAD_BYTES + max(len(data), MAX_RECORD_BYTES)
-        if waits and limit - page[OUTPUT_READ] > OUTPUT_BYTES:
-            self._await_room(limit)
+        # What is given up is given up as a whole, also what of a record has not been read.
+        beyond = limit + _HEAD_BYTES + MAX_RECORD_BYTES
+        if waits and beyond - page[OUTPUT_READ] > OUTPUT_BYTES:
+            self._await_room(beyond)
         while limit - page[OUTPUT_FIRST] > OUTPUT_BYTES:
             self._drop_first()
         self._open = (0, -1)
