@@ -45,6 +45,7 @@ from scaler_executor.protocol.messages import CancelKind, Payload, ResultKind
 from scaler_executor.runtime.results import LOST, read_result
 
 if TYPE_CHECKING:
+    from scaler_executor.runtime.display import CallLog
     from scaler_executor.runtime.lender import Lender
 
 T = TypeVar("T")
@@ -233,6 +234,8 @@ class ScalerFuture(Future[T]):
     _state = PENDING
     #: The outstanding cancel request. Changed under the condition.
     _ask: _Ask | None = None
+    #: What the call has printed, see `runtime.display`; None: nothing. Set by the client before it settles the future.
+    _log: CallLog | None = None
     #: The answer to the last cancel request. Changed under the condition.
     _cancel_outcome: CancelOutcome | None = None
 
@@ -265,6 +268,14 @@ class ScalerFuture(Future[T]):
     def cancel_outcome(self) -> CancelOutcome | None:
         """What became of the last cancel request, None while there was none or no answer has come."""
         return self._cancel_outcome
+
+    @property
+    def log(self) -> str:
+        """What the call wrote to `sys.stdout` and `sys.stderr`, and its records of logging as far as they came to this
+        process, in order: the last 65,536 characters, with a line where some are missing that says how many. Complete
+        when the future is done, whatever ended the call; of several attempts all of it. "" if there was nothing."""
+        log = self._log
+        return "" if log is None else log.text()
 
     def cancelled(self) -> bool:
         """As `Future.cancelled`."""

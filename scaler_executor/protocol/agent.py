@@ -31,6 +31,7 @@ from scaler_executor.protocol.agent_events import (
     Kill,
     Look,
     NewEpoch,
+    Printed,
     Received,
     Record,
     Records,
@@ -47,6 +48,7 @@ from scaler_executor.protocol.agent_hiring import Hiring
 from scaler_executor.protocol.agent_inheritance import Inheritance
 from scaler_executor.protocol.agent_lending import Lending
 from scaler_executor.protocol.agent_output import AgentOutput
+from scaler_executor.protocol.agent_prints import Prints
 from scaler_executor.protocol.agent_records import RecordReader
 from scaler_executor.protocol.agent_timeouts import MAX_TIMEOUT_S, Timeouts
 from scaler_executor.protocol.codec import RemoteProtocolError
@@ -97,6 +99,7 @@ class AgentState:
         self._calls = AgentCalls(self._crew, self._hiring, self._timeouts, self._output, cancel_grace_s)
         self._lending = Lending(self._crew, self._hiring, self._calls, self._output)
         self._dispatch = Dispatch(self._crew, self._hiring, self._inheritance, self._calls, self._output)
+        self._prints = Prints(self._crew, self._calls, self._output)
         self._reader = RecordReader(self._crew, self._hiring, self._calls, self._timeouts, self._output)
         #: {(client_id, function_id): AgentFunction}
         self._functions: dict[tuple[int, int], AgentFunction] = {}
@@ -115,8 +118,11 @@ class AgentState:
             RemoteProtocolError: The scheduler broke the protocol.
         """
         self._output.begin(now)
+        prints = self._prints
         if isinstance(event, Records):
             self._reader.read(event)
+            if prints.pending:
+                prints.finish(event.worker_id, is_gone=False)
         elif isinstance(event, Received):
             self._received(event.message)
         elif isinstance(event, Tick):
@@ -142,10 +148,14 @@ class AgentState:
             self._new_epoch()
         elif isinstance(event, FromWorker):
             self._lending.said(event)
+        elif isinstance(event, Printed):
+            prints.add(event)
         elif isinstance(event, Drain):
             self._drain()
         else:
             unreachable(event)
+        if prints.pending:
+            prints.send_due()
         self._timers()
         if self._lending.is_at_work:
             self._lending.give_back()
@@ -161,8 +171,9 @@ class AgentState:
         """Return when the next Tick is due, or None."""
         stopping, hire_at, look_at = self._calls.stopping, self._hiring.hire_at, self._dispatch.look_at
         share_at, kill_at, timed = self._dispatch.sharing.due_at, self._hiring.kill_at, self._timeouts.running
-        others = hire_at, share_at, kill_at, self._fence_at, self._lending.due_at
-        if not stopping and not timed and others == (None, None, None, None, None):
+        prints_at = self._prints.due_at() if self._prints.pending else None
+        others = hire_at, share_at, kill_at, self._fence_at, self._lending.due_at, prints_at
+        if not stopping and not timed and others == (None, None, None, None, None, None):
             return look_at  # the common case
         deadlines = [call.grace_due for call in stopping.values()]
         deadlines += self._timeouts.deadlines()
@@ -341,6 +352,7 @@ class AgentState:
             left.update(call.client.client_id for call in self._calls.by_id.values())
             for client_id in hiring.gone_clients - left:
                 self._crew.forget_client(client_id)
+                self._prints.forget_client(client_id)
             hiring.gone_clients &= left
 
     def _drain(self) -> None:
@@ -356,6 +368,7 @@ class AgentState:
         self._output.said_capacity = 0
         self._calls.forget_all()
         self._functions.clear()
+        self._prints.forget_all()
         self._inheritance.forget_all()
         self._hiring.kill_all()
         self._crew.clients.clear()
@@ -412,6 +425,7 @@ class AgentState:
     def _exited(self, event: Exited) -> None:
         worker = self._crew.workers[event.worker_id]
         self._lending.exited(worker)
+        self._prints.finish(event.worker_id, is_gone=True)
         self._hiring.reaped(worker)
         self._calls.to_freeze.pop(event.worker_id, None)
         self._timeouts.exited(event.worker_id)
@@ -502,6 +516,7 @@ __all__ = [
     "Kill",
     "Look",
     "NewEpoch",
+    "Printed",
     "Received",
     "Record",
     "Records",

@@ -58,6 +58,14 @@ class Records(msgspec.Struct):
     records: list[Record]
 
 
+class Printed(msgspec.Struct):
+    """What a worker has printed since it was last said, (seq, stream, lost, data); see `output_ring`. Said before the
+    Records that were read first."""
+
+    worker_id: int
+    rows: list[tuple[int, int, int, bytes]]
+
+
 class Seen(msgspec.Struct):
     """What the page of a running worker said, its pipe having been read afterwards. It may be out of date, but not
     ahead."""
@@ -127,6 +135,7 @@ Event: TypeAlias = (
     | Forked
     | ForkFailed
     | Records
+    | Printed
     | Seen
     | Frozen
     | Exited

@@ -31,6 +31,7 @@ from scaler_executor.protocol.client_events import (
     Running,
     SchedulerLost,
     Send,
+    Show,
     Stranded,
 )
 from scaler_executor.protocol.codec import LocalProtocolError, RemoteProtocolError
@@ -318,7 +319,7 @@ class ClientState:
         elif isinstance(message, SessionLost):
             self._session_lost(message.reason)
         elif isinstance(message, Output):
-            raise RemoteProtocolError("Output is reserved")
+            self._out.append(Show(message.rows))
         else:
             unreachable(message)
 
@@ -541,5 +542,6 @@ __all__ = [
     "Running",
     "SchedulerLost",
     "Send",
+    "Show",
     "Stranded",
 ]

@@ -6,7 +6,15 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from scaler_executor.protocol.messages import CancelKind, ClientResultRow, Function, Message, TaskRow, ToClientMessage
+from scaler_executor.protocol.messages import (
+    CancelKind,
+    ClientResultRow,
+    Function,
+    Message,
+    OutputRow,
+    TaskRow,
+    ToClientMessage,
+)
 
 Cause = Literal["CANCELED", "NOT_FOUND", "FINISHED_FIRST", "UNCONFIRMED"]
 
@@ -121,10 +129,27 @@ class Disinherited(msgspec.Struct):
     reason: str
 
 
+class Show(msgspec.Struct):
+    """Calls have printed this: see `messages.OutputRow`."""
+
+    rows: list[OutputRow]
+
+
 class Closed(msgspec.Struct):
     """Bye has been said: nothing more will happen."""
 
 
 Instruction: TypeAlias = (
-    Send | Deliver | Cancelled | CancelRefused | Running | Finished | Lost | Renewed | Broken | Disinherited | Closed
+    Send
+    | Deliver
+    | Cancelled
+    | CancelRefused
+    | Running
+    | Finished
+    | Lost
+    | Renewed
+    | Broken
+    | Disinherited
+    | Show
+    | Closed
 )

@@ -161,6 +161,10 @@ AgentResultRow: TypeAlias = tuple[int, int, int, int, int, WirePayload]
 SplitRow: TypeAlias = tuple[int, int, int]
 #: Agent to scheduler: (task_id, attempt, report). The worker died in this task's first outstanding item.
 DeathRow: TypeAlias = tuple[int, int, DeathReport]
+#: Agent to scheduler: (task_id, stream, lost, data); to the client the same with `no`. `stream` is one of `printed`,
+#: `lost` the number of lines that were dropped in front of the data. With an item number of 0 no call is meant: it was
+#: printed before the first one, between two or after its own was over.
+OutputRow: TypeAlias = tuple[int, int, int, bytes]
 #: Client to scheduler: (no, spent, done). Task `no`, which follows, has been submitted to a scheduler that is lost;
 #: `spent` of its retries are used, and the item ranges (first, count) of `done` are answered.
 AgainRow: TypeAlias = tuple[int, int, list[tuple[int, int]]]
@@ -322,11 +326,9 @@ class Unblocked(Message, tag=20):
 
 
 class Output(Message, tag=21):
-    """What a call printed, on its way to the client. Reserved: nothing sends it yet."""
+    """What calls printed and logged, in order, before anything else is said of them. Agent to scheduler to client."""
 
-    task_id: int
-    stream: int
-    text: bytes
+    rows: list[OutputRow]
 
 
 class InheritanceLost(Message, tag=23):

@@ -59,10 +59,19 @@ STDERR_ITEM: Final = 12
 #: 1 if the user's program wants the stack of a fatal fault on stderr. Written by the worker.
 SHOW_FAULT: Final = 13
 
-#: 1 when an end of the pair of the worker's nested session is in the call pair, until the agent has taken it.
-NESTS: Final = 15
+#: What calls print stands in a ring of its own, see `runtime.output_ring`: bytes written to it since the start, up to
+#: where it has been overwritten, and so many lines that were overwritten before they were read. Written by the worker.
+OUTPUT_END: Final = 14
+OUTPUT_FIRST: Final = 15
+OUTPUT_LOST: Final = 16
+#: Up to where it has been read; and 1 while the agent looks there by itself, without a bell. Written by the agent.
+OUTPUT_READ: Final = 17
+OUTPUT_WATCHED: Final = 18
 
-HEADER_WORDS: Final = 16
+#: 1 when an end of the pair of the worker's nested session is in the call pair, until the agent has taken it.
+NESTS: Final = 19
+
+HEADER_WORDS: Final = 24
 #: So many calls may be in a worker's hands at once.
 RING_SLOTS: Final = 1000
 PAGE_WORDS: Final = HEADER_WORDS + RING_SLOTS
@@ -76,9 +85,12 @@ FLOATS: Final = b"d" + bytes(7)
 #: The ring of what was written to stderr, behind that.
 STDERR_BYTES: Final = 1 << 12
 STDERR_START: Final = RANGE_START + RANGE_BYTES
+#: The ring of what calls print.
+OUTPUT_BYTES: Final = 1 << 17
+OUTPUT_START: Final = STDERR_START + STDERR_BYTES
 #: What the fault handler writes of a fatal fault, zeros behind it. What does not fit is lost.
 FAULT_BYTES: Final = 1 << 14
-FAULT_START: Final = STDERR_START + STDERR_BYTES
+FAULT_START: Final = OUTPUT_START + OUTPUT_BYTES
 PAGE_BYTES: Final = FAULT_START + FAULT_BYTES
 
 

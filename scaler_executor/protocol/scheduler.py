@@ -30,6 +30,7 @@ from scaler_executor.protocol.messages import (
     InheritanceLost,
     InheritanceReplaced,
     Nested,
+    Output,
     RefusalKind,
     Refused,
     ResultKind,
@@ -61,14 +62,8 @@ from scaler_executor.protocol.scheduler_intake import Intake
 from scaler_executor.protocol.scheduler_limits import Limits
 from scaler_executor.protocol.scheduler_nesting import Nesting
 from scaler_executor.protocol.scheduler_output import SchedulerOutput
-from scaler_executor.protocol.scheduler_rows import (
-    FENCING,
-    QUEUED,
-    Agent,
-    Client,
-    Observer,
-    Task,
-)
+from scaler_executor.protocol.scheduler_prints import forward
+from scaler_executor.protocol.scheduler_rows import FENCING, QUEUED, Agent, Client, Observer, Task
 from scaler_executor.protocol.scheduler_status import InquiryDesk
 from scaler_executor.protocol.scheduler_tasks import (
     CANCELED,
@@ -447,6 +442,8 @@ class SchedulerState:
                     agent.broken_for.add(message.client_id)
                     self._limits.is_due = True
                     self._break(client, message.reason)
+        elif isinstance(message, Output):
+            self._output.instructions += forward(agent, message, self._tasks.by_id, self._nesting.sessions.values())
         elif isinstance(message, Bye):
             # It says so when it holds nothing: what it still seems to have crossed its Bye and never reached it.
             for task in reversed(agent.tasks()):

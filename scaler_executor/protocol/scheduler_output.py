@@ -45,16 +45,16 @@ class SchedulerOutput:
             if isinstance(peer, Client):
                 # Results first: a result and a later confirm of the same run must not overtake each other.
                 if peer.results:
-                    instructions.append(_to_client(peer, TaskResult(peer.results)))
+                    instructions.append(to_client(peer, TaskResult(peer.results)))
                     peer.results = []
                 if peer.confirms:
-                    instructions.append(_to_client(peer, TaskCancelConfirm(peer.confirms)))
+                    instructions.append(to_client(peer, TaskCancelConfirm(peer.confirms)))
                     peer.confirms = []
                 if peer.retried:
-                    instructions.append(_to_client(peer, TaskRetried(peer.retried)))
+                    instructions.append(to_client(peer, TaskRetried(peer.retried)))
                     peer.retried = []
                 if peer.running:
-                    instructions.append(_to_client(peer, TaskRunning(peer.running)))
+                    instructions.append(to_client(peer, TaskRunning(peer.running)))
                     peer.running = []
             else:
                 self._end_agent(peer)
@@ -86,7 +86,8 @@ class SchedulerOutput:
             agent.lent = []
 
 
-def _to_client(client: Client, message: Message) -> Send:
+def to_client(client: Client, message: Message) -> Send:
+    """Return how to say something to a client: to a session through its agent."""
     if type(client) is Session:
         return Send(client.peer, Nested(client.worker_id, message))  # type: ignore[arg-type]
     return Send(client.peer, message)

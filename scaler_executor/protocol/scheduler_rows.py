@@ -136,6 +136,8 @@ class Client:
         self.held_bytes = 0
         #: Much waits to be sent to it.
         self.is_congested = False
+        #: Lines that its calls have printed and that were dropped meanwhile.
+        self.lost_lines = 0
         #: Agents that may have any workers for it, if it is limited.
         self.quotas: dict[Agent, None] = {}
         #: It stands in `Assignment.ready`.

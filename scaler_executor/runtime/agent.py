@@ -32,11 +32,12 @@ from scaler_executor.protocol.messages import (
     WorkerForked,
     WorkerFrozen,
 )
-from scaler_executor.protocol.page import CURRENT, DONE, ITEM, NESTS, RANG, slot
+from scaler_executor.protocol.page import CURRENT, DONE, ITEM, NESTS, OUTPUT_END, OUTPUT_WATCHED, RANG, slot
 from scaler_executor.runtime import log, platform
 from scaler_executor.runtime.agent_sessions import WorkerSession
 from scaler_executor.runtime.last_words import fault_of, stderr_of
 from scaler_executor.runtime.loop import READABLE, WRITABLE, Loop
+from scaler_executor.runtime.output_ring import OutputReader
 from scaler_executor.runtime.pipe import WorkerResults
 from scaler_executor.runtime.segments import SegmentStore, StoredSegment
 from scaler_executor.runtime.transport import StreamWriter
@@ -47,6 +48,8 @@ PIPE_BUDGET_BYTES: Final = 4 << 20
 UPSTREAM_BYTES: Final = 64 << 20
 #: So many messages to the forker are one packet. The largest, a FreezeWorker, takes some 10 KB.
 PACKET_MESSAGES: Final = 8
+#: A worker that has printed something is looked at again after so long: until then it need not ring.
+OUTPUT_INTERVAL_S: Final = 0.01
 #: So many forkers in a row may be lost before they have forked anything.
 MAX_LOST_FORKERS: Final = 5
 
@@ -73,6 +76,7 @@ class WorkerHandle:
         #: Of the files that it has written, the last one that we have heard of.
         self._last_segment = 0
         self.results = WorkerResults(pipe_fd, self.page, self._take_segment if store is not None else None)
+        self.output = OutputReader(self.page)
         #: Told to exit once everything is written.
         self.retired = False
         #: Its pipe is watched, because a record is only half here.
@@ -96,6 +100,7 @@ class WorkerHandle:
             self._store.remove_unheard(self.worker_id, self._last_segment)
         self.socket.close()
         self.results.close()
+        self.output.close()
         platform.unmap_page(self.page)
         os.close(self.pidfd)
 
@@ -150,6 +155,9 @@ class AgentRuntime:
         self._ordered: set[int] = set()
         self._bell = platform.Bell.create()
         loop.watch(self._bell.fileno(), self._on_bell)
+        #: Workers that have just printed something, and when they are looked at again.
+        self._printing: dict[int, WorkerHandle] = {}
+        self._output_due: float | None = None
         #: Pipes are not read because too much waits upstream.
         self._is_held_up = False
         self._perform_one: dict[type, Callable[[Any], None]] = {
@@ -171,7 +179,10 @@ class AgentRuntime:
 
     def handle(self, event: protocol.Event) -> None:
         """Feed one event to the state and do what it says."""
-        for instruction in self._state.handle(event, monotonic()):
+        now = monotonic()
+        if self._output_due is not None and self._output_due <= now and not self._is_looking:
+            self._look_at_output(now)
+        for instruction in self._state.handle(event, now):
             self._perform_one[type(instruction)](instruction)
         if self._unsent:
             self._flush_control()
@@ -180,7 +191,9 @@ class AgentRuntime:
 
     def next_deadline(self) -> float | None:
         """Return when `handle(Tick())` is due, or None."""
-        return 0.0 if self._to_look else self._state.next_deadline()
+        deadline = 0.0 if self._to_look else self._state.next_deadline()
+        due = self._output_due
+        return deadline if due is None else due if deadline is None else min(deadline, due)
 
     @property
     def outstanding(self) -> int:
@@ -271,8 +284,40 @@ class AgentRuntime:
                 self._loop.watch(handle.results.fileno(), lambda: self._read_more(handle))
             else:
                 self._loop.forget(handle.results.fileno())
+        if handle.page[OUTPUT_END] != handle.output.position:
+            self._read_output(handle)  # after the results and said before them: what is in there was printed before
         if records:
             self.handle(protocol.Records(handle.worker_id, records))
+
+    def _read_output(self, handle: WorkerHandle) -> None:
+        """Take what a worker has printed."""
+        handle.page[OUTPUT_WATCHED] = 1
+        self._printing[handle.worker_id] = handle
+        if self._output_due is None:
+            self._output_due = monotonic() + OUTPUT_INTERVAL_S
+        rows = handle.output.read()
+        if rows:
+            # Nothing is looked at meanwhile: what was read before, this and results, is to be said before what is read
+            # later.
+            was_looking, self._is_looking = self._is_looking, True
+            try:
+                self.handle(protocol.Printed(handle.worker_id, rows))
+            finally:
+                self._is_looking = was_looking
+
+    def _look_at_output(self, now: float) -> None:
+        """Look at the workers that have printed something: one that goes on is looked at again, another one rings."""
+        self._output_due = None
+        printing, self._printing = self._printing, {}
+        if self._upstream_bytes() > UPSTREAM_BYTES:
+            self._printing, self._output_due = printing, now + OUTPUT_INTERVAL_S
+            return
+        for handle in printing.values():
+            if handle.worker_id in self._workers:
+                # First the mark, then the ring: what is printed in between rings.
+                handle.page[OUTPUT_WATCHED] = 0
+                if handle.page[OUTPUT_END] != handle.output.position:
+                    self._read_output(handle)
 
     def _read_more(self, handle: WorkerHandle) -> None:
         if self._upstream_bytes() > UPSTREAM_BYTES:
@@ -470,7 +515,10 @@ class AgentRuntime:
             records = handle.results.drain()
         except RemoteProtocolError:
             records = []
+        rows = handle.output.read()
         handle.close()
+        if rows:
+            self.handle(protocol.Printed(handle.worker_id, rows))
         if records:
             self.handle(protocol.Records(handle.worker_id, records))
         self.handle(protocol.Exited(handle.worker_id, current, done, item, report, forker_lost))

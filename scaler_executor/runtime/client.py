@@ -58,6 +58,7 @@ from scaler_executor.protocol.client import (
     Running,
     SchedulerLost,
     Send,
+    Show,
     Stranded,
 )
 from scaler_executor.protocol.codec import Decoder, Encoder, RemoteProtocolError
@@ -68,6 +69,7 @@ from scaler_executor.protocol.messages import (
     Function,
     Hello,
     Options,
+    OutputRow,
     Payload,
     TaskRow,
     TaskSubmit,
@@ -76,6 +78,7 @@ from scaler_executor.protocol.messages import (
 )
 from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
+from scaler_executor.runtime.display import Display, read_output
 from scaler_executor.runtime.ending import MANAGERS
 from scaler_executor.runtime.functions import FunctionTable, PreparedFunction
 from scaler_executor.runtime.interfaces import Cluster, Run
@@ -194,6 +197,8 @@ class ClientFutureManager:
         self._send = cluster.socket.send
         self._hello = Hello("client", python=sys.version.split()[0])
         self._outbox.queue(self._hello)
+        #: Shows what calls print, once any does.
+        self._display: Display | None = None
         #: Where unsent bytes are limited: whether callers wait, and for what. Changed by the I/O thread.
         self._is_full = False
         self._has_room = threading.Event()
@@ -730,6 +735,8 @@ class ClientFutureManager:
             self._has_room.set()
             if self._end_reason is None:
                 self._end_reason = self._cluster.join()
+            if self._display is not None:
+                self._display.close()
             with self._lock:
                 self._callbacks.put(None)
                 self._has_ended = True
@@ -890,14 +897,19 @@ class ClientFutureManager:
         self._perform(self._state.handle(event, time.monotonic()))
 
     def _perform(self, instructions: Iterable[Instruction]) -> None:
+        display = self._display
         for instruction in instructions:
             if isinstance(instruction, Deliver):
+                if display is not None:
+                    display.wait_for(row[0] for row in instruction.results)
                 self._outstanding.deliver(instruction.results)
             elif isinstance(instruction, Send):
                 self._outbox.queue(instruction.message)
             elif isinstance(instruction, Finished):
                 self._outstanding.finish(instruction.tasks)
             elif isinstance(instruction, Cancelled):
+                if display is not None:
+                    display.wait_for(row[0] for row in instruction.items)
                 self._outstanding.cancel(instruction.items)
             elif isinstance(instruction, CancelRefused):
                 self._outstanding.refuse(instruction.tasks)
@@ -905,6 +917,8 @@ class ClientFutureManager:
                 self._outstanding.run(instruction.tasks)
             elif isinstance(instruction, Lost):
                 self._outstanding.lose(instruction.tasks, instruction.reason)
+            elif isinstance(instruction, Show):
+                self._on_printed(instruction.rows)
             elif isinstance(instruction, Renewed):
                 self._on_renewed()
             elif isinstance(instruction, Broken):
@@ -922,6 +936,17 @@ class ClientFutureManager:
         if store is None:
             raise RemoteProtocolError("a result in a file, which this client cannot have")
         return store.take_mapped(writer, number, size_bytes)
+
+    def _on_printed(self, rows: list[OutputRow]) -> None:
+        """Keep what calls have printed, and show what is not shown elsewhere."""
+        shown = self._cluster.shown_streams
+        for no, stream, lost, data in rows:
+            record, text = read_output(stream, data)
+            name = self._outstanding.keep_output(no, lost, text)
+            if record is not None or stream in shown:
+                if self._display is None:
+                    self._display = Display()
+                self._display.add(no, stream, lost, text, record, name)
 
     def _on_renewed(self) -> None:
         """Begin anew with a scheduler that knows no function."""

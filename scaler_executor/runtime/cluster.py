@@ -106,6 +106,8 @@ class Cluster:
         self.max_unsent_bytes: int | None = None
         #: Whether another scheduler may take the place of one that is lost.
         self.may_be_renewed = False
+        #: Of descriptors 1 and 2, those whose streams the client shows what calls print.
+        self.shown_streams: tuple[int, ...] = ()
         #: Whether a client's thread waits for the end: whoever made it does not, then.
         self.has_owner = False
         #: Where large payloads go; None: with their messages.
@@ -248,6 +250,7 @@ class EmbeddedCluster(Cluster):
         _check_library()
         import scaler_executor.runtime.identity
         import scaler_executor.runtime.segments
+        import scaler_executor.runtime.streams
         from scaler_executor.runtime.namespace import MainDefinitions
 
         self.main = MainDefinitions()
@@ -278,7 +281,9 @@ class EmbeddedCluster(Cluster):
             self.main.inherit(inherited_main)
         from scaler_executor.runtime.identity import authkey
         from scaler_executor.runtime.segments import SegmentDirectory
+        from scaler_executor.runtime.streams import log_levels, taken_streams
 
+        self.shown_streams = taken_streams()
         key = authkey()
         if self._segments is None:
             self._segments = SegmentDirectory.create()
@@ -303,6 +308,8 @@ class EmbeddedCluster(Cluster):
             "has_tracker": False,
             "segments_path": segments_path,
             "token": self.token,
+            "taken_streams": self.shown_streams,
+            "log_levels": log_levels() if 2 in self.shown_streams else {},
         }
         descriptors: list[int] = []
         if self._control is None:
@@ -351,6 +358,7 @@ class EmbeddedCluster(Cluster):
                 identity=Identity(parent_pid=os.getpid(), authkey=key),
                 segments_path=segments_path,
                 token=self.token,
+                taken_streams=self.shown_streams,
             )
             # What is this process's alone is closed there by the client's at-fork hook.
             self._forker_pid = fork_forker(config, control, [])

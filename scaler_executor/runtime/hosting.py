@@ -64,7 +64,9 @@ class Workers:
             sys_path=list(sys.path),
             argv=list(sys.argv[:1]),
             identity=Identity(parent_pid=os.getpid(), start_method="spawn", authkey=os.urandom(32)),
-            preload=self._preload,
+            preload=[*self._preload, "logging"],
+            taken_streams=(1, 2),
+            passes_on_logs=True,
         )
         pid, control = start_forker_by_fork(config, [fd for fd in platform.open_descriptors() if fd > 2])
         self._pids.add(pid)

@@ -31,6 +31,8 @@ class Cluster(Protocol):
     may_be_renewed: bool
     #: Whether a client's thread waits for its end.
     has_owner: bool
+    #: Of descriptors 1 and 2, those for which this process shows what calls print; known once it is started.
+    shown_streams: tuple[int, ...]
     #: Where large payloads go, once it is started; None: they travel.
     store: SegmentStore | None
 

@@ -13,6 +13,7 @@ import msgspec
 from scaler_executor.future import CancelOutcome, ScalerFuture
 from scaler_executor.protocol.client import REST, Cause
 from scaler_executor.protocol.messages import ClientResultRow, DeathReport, Payload, ResultKind
+from scaler_executor.runtime.display import CallLog
 from scaler_executor.runtime.interfaces import Run
 from scaler_executor.runtime.results import LOST
 from scaler_executor.runtime.segments import holds_segments
@@ -90,6 +91,17 @@ class Outstanding:
                     del self.runs[no]
         if self._kept:
             self._let_go([row[0] for row in results])
+
+    def keep_output(self, no: int, lost: int, text: str) -> str:
+        """Keep what a call has printed with its future. Return the call's name, "" if it has none."""
+        future = self.futures.get(no)
+        if future is None:
+            return ""
+        log = future._log
+        if log is None:
+            log = future._log = CallLog()
+        log.add(lost, text)
+        return future._call_name
 
     def cancel(self, items: list[tuple[int, int, int, Cause]]) -> None:
         """Settle what ends cancelled."""

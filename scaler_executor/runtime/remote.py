@@ -23,6 +23,7 @@ from scaler_executor.protocol.messages import Frames, Payload, RefusalKind
 from scaler_executor.runtime import platform
 from scaler_executor.runtime.cluster import Cluster, frame
 from scaler_executor.runtime.security import Connection
+from scaler_executor.runtime.streams import log_levels
 
 #: So much waits in the user's process before `submit` does; the relay and the scheduler take more.
 MAX_UNSENT_BYTES: Final = 256 << 20
@@ -62,6 +63,7 @@ class RemoteCluster(Cluster):
         self.cancel_grace_s = cancel_grace_s
         self.max_unsent_bytes = MAX_UNSENT_BYTES
         self.may_be_renewed = True
+        self.shown_streams = (1, 2)
         #: Of all machines, when we were let in.
         self.workers = 0
         config = self._start_process("relay", has_control=False) | {
@@ -102,6 +104,7 @@ class RemoteCluster(Cluster):
             "argv": [str(argument) for argument in getattr(sys, "argv", [])],
             "sys_path": [os.path.abspath(entry) for entry in map(str, sys.path)],
             "token": self.token,
+            "log_levels": log_levels(),
         }
         return Frames([pickle.dumps(setup, 5)])
 

@@ -241,6 +241,9 @@ def _start_forker(config: dict[str, Any]) -> socket.socket | None:
         descriptors=descriptors,
         segments_path=config["segments_path"],
         token=config["token"],
+        taken_streams=config["taken_streams"],
+        passes_on_logs=2 in config["taken_streams"],
+        log_levels=config["log_levels"],
         identity=Identity(
             parent_pid=config["client_pid"],
             parent_fd=config["client_pidfd"] if platform.PORTABLE else -1,

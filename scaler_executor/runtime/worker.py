@@ -72,6 +72,7 @@ from scaler_executor.runtime.segments import SegmentStore
 from scaler_executor.runtime.standard_streams import StandardStreams
 from scaler_executor.runtime.transport import StreamReader
 from scaler_executor.runtime.worker_config import NUDGE, Setup, WorkerConfig, take_over_process
+from scaler_executor.runtime.worker_output import WorkerOutput, pass_on_logs, set_log_levels
 
 #: The bell rings for results that are older than this, though the calls behind them are not over.
 RING_INTERVAL_S: Final = 0.005
@@ -127,6 +128,7 @@ class Worker:
             self._words[int] = self._range_buffer.cast("q"), INTEGERS
             self._words[float] = self._range_buffer.cast("d"), FLOATS
         self._last_words = LastWords(page)
+        self._output = WorkerOutput(page, bell.ring, self._last_words)
         self._bell = bell
         self._config = config
         self._main = WorkerMain(config.inherited_main)
@@ -149,7 +151,15 @@ class Worker:
         self._map_ids: set[int] = set()
         method = config.identity.start_method
         self._site = NestingSite(
-            call_socket, page, bell, self._main, self._store, self._functions, config.token, method
+            call_socket,
+            page,
+            bell,
+            self._main,
+            self._store,
+            self._functions,
+            config.token,
+            method,
+            config.taken_streams,
         )
         set_site(self._site)
         #: Of the message being served: when it began, the items run so far, whether its BATCH_END is written.
@@ -170,7 +180,11 @@ class Worker:
         self._socket.setblocking(True)
         self._last_words.copy_stderr()
         self._last_words.handle_faults(self._page_fd)  # the user's own handlers come after it
+        self._output.take_over(config.taken_streams)
         try:
+            if config.passes_on_logs:
+                pass_on_logs(self._output)
+                set_log_levels(config.log_levels)
             take_over_process(config)
             self._prepare(config.definitions, config.initializer_pickle)
         except BaseException as error:
@@ -211,6 +225,7 @@ class Worker:
             self._site.setup, self._site.token = payload, setup["token"]
             sys.path += [entry for entry in setup["sys_path"] if entry not in sys.path]
             sys.argv[:] = setup["argv"]
+            set_log_levels(setup["log_levels"])
             self._prepare(setup["definitions"], setup["initializer_pickle"])
         except BaseException as error:
             self._exit_if_fork(error)
@@ -614,6 +629,7 @@ class Worker:
         except OSError:
             pass
         self._streams.let_go()
+        self._output.leave()
         if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._last_words.leave_faults()

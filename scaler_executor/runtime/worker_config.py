@@ -47,6 +47,11 @@ class WorkerConfig:
     identity: Identity = field(default_factory=Identity)
     #: Modules that the forker imports, for all.
     preload: list[str] = field(default_factory=list)
+    #: Of descriptors 1 and 2, those whose streams the client shows, see `worker_output`.
+    taken_streams: tuple[int, ...] = ()
+    #: Whether records of logging go to the client, and the levels that are set there.
+    passes_on_logs: bool = False
+    log_levels: dict[str, int] = field(default_factory=dict)
     #: What `ps` shows; at most 15 bytes count.
     name: str = "scaler-worker"
     #: Where large payloads are, see `segments`; None: nowhere.
@@ -69,6 +74,8 @@ class Setup(TypedDict):
     sys_path: list[str]
     #: As in `WorkerConfig`.
     token: bytes
+    #: See `WorkerConfig`.
+    log_levels: dict[str, int]
 
 
 def take_over_process(config: WorkerConfig) -> None:

@@ -20,6 +20,7 @@ from scaler_executor.protocol.client import (
     Running,
     SchedulerLost,
     Send,
+    Show,
 )
 from scaler_executor.protocol.codec import LocalProtocolError
 from scaler_executor.protocol.messages import (
@@ -312,11 +313,19 @@ def test_refused_by_the_scheduler():
     assert state.got(Refused("full"))[0] == Lost([1], "the scheduler refused this client: full")
 
 
+def test_what_calls_print_is_shown():
+    """Whatever calls print is shown, also when they are being cancelled or over."""
+    rows = [(1, 1, 0, b"a\n"), (0, 2, 3, b""), (9, 3, 0, b"x")]
+    state = client((1, 1))
+    assert state.got(Output(rows)) == [Show(rows)]
+    state.submit(cancels=[(1, FORCED)])
+    assert state.got(Output(rows)) == [Show(rows)]
+
+
 @pytest.mark.parametrize(
     "message",
     [
         Welcome(1),
-        Output(1, 1, b""),
         TaskResult([result(1, 0, 0)]),
         TaskResult([result(1, 0, 4)]),
         TaskCancelConfirm([(1, 0, CANCELED, 0, 1, True)]),

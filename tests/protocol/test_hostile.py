@@ -200,7 +200,9 @@ class Hostile:
             lambda: WorkersBroken(self.number() if rng.random() < 0.5 else self.last_peer, "no"),
             lambda: ClientLimited(*self.numbers(2)),
             lambda: InheritanceLost(self.number(), "lost"),
-            lambda: rng.choice([Blocked([1]), Unblocked([1]), Output(1, 1, b""), Bye()]),
+            lambda: rng.choice([Blocked([1]), Unblocked([1]), Bye()]),
+            lambda: Output(self.rows(lambda: (self.task(), rng.choice([1, 2, 3]), 0, b"printed\n"))),
+            lambda: Output(self.rows(lambda: (*self.numbers(3), b"printed"))),
         ]
         return rng.choice(messages)()
 

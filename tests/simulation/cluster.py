@@ -42,6 +42,7 @@ from scaler_executor.protocol.messages import (
     Welcome,
 )
 from scaler_executor.protocol.page import CURRENT, DONE, INTERRUPT, ITEM, STOP, slot
+from scaler_executor.protocol.printed import STDOUT
 from scaler_executor.protocol.priorities import PriorityQueue
 
 from .worker import Behaviour, SimWorker, value_of
@@ -91,6 +92,13 @@ class SimClient:
         self.kinds: dict[int, int] = {}
         #: The scheduler's number for it, once it is welcome.
         self.client_id = 0
+        #: Items whose lines it was shown: (number that came with the line, item number).
+        self.shown: set[tuple[int, int]] = set()
+
+
+def futures_of(client: SimClient, no: int) -> int:
+    """Return how many items a task had."""
+    return len(client.futures[no].outcomes)
 
 
 class SimSession(SimClient):
@@ -157,6 +165,8 @@ class Cluster:
         self.an_agent_was_lost = False
         #: {item: the item that has submitted it}
         self.parents: dict[tuple[int, int], tuple[int, int]] = {}
+        #: Each item prints its number when it starts.
+        self.items_print = False
 
     # For the driver
 
@@ -359,9 +369,13 @@ class Cluster:
 
     def read_pipe(self, agent: SimAgent, worker_id: int) -> None:
         worker = agent.workers.get(worker_id)
-        if worker is not None and worker.pipe and worker.is_known:
+        if worker is not None and worker.is_known and (worker.pipe or worker.printed):
             records, worker.pipe = worker.pipe, []
-            self.to_agent(agent, agents.Records(worker_id, records))
+            rows, worker.printed = worker.printed, []
+            if rows:
+                self.to_agent(agent, agents.Printed(worker_id, rows))
+            if records:
+                self.to_agent(agent, agents.Records(worker_id, records))
 
     def _on_report(self, key: Key, report: Any) -> None:
         """Forker to agent."""
@@ -693,6 +707,8 @@ class Cluster:
         elif isinstance(instruction, clients.Deliver):
             for no, first, count, kind, payload in instruction.results:
                 self._check_result(client, no + first, count, kind, payload)
+                if self.items_print and kind in (ResultKind.VALUE, ResultKind.ERROR):
+                    self._check_shown(client, no, range(no + first, no + first + count))
                 for item in range(first, first + count):
                     futures[no].settle(no, item, ResultKind(kind).name)
         elif isinstance(instruction, clients.Cancelled):
@@ -716,6 +732,11 @@ class Cluster:
                 assert futures[no].settled, f"task {no} is finished with {futures[no].outcomes}"
                 assert not futures[no].finished
                 futures[no].finished = True
+        elif isinstance(instruction, clients.Show):
+            for no, _, lost, data in instruction.rows:
+                assert not lost
+                assert not no or not futures[no].settled, f"task {no} prints {data!r} and is settled"
+                client.shown.update((no, int(line)) for line in data.split())
         elif isinstance(instruction, clients.Renewed):
             client.has_functions = False
             self._join(client)
@@ -746,6 +767,12 @@ class Cluster:
                 return
             assert not innocent or self.an_agent_was_lost, f"{innocent} are blamed for deaths that were not theirs"
 
+    def _check_shown(self, client: SimClient, no: int, items: range) -> None:
+        """What a call has printed is there before its result; of a part of a run it may come without a call."""
+        for item in items:
+            is_shown = (no, item) in client.shown or (futures_of(client, no) > 1 and (0, item) in client.shown)
+            assert is_shown, f"item {item} of task {no} has a result and was not shown"
+
     # What workers do
 
     def behaviour(self, client: int, no: int) -> Behaviour:
@@ -764,6 +791,8 @@ class Cluster:
         self.running[item] = (worker.agent, worker.worker_id)
         state = self.agents[worker.agent].state._crew.workers.get(worker.worker_id)
         assert state is None or state.counts or state.state == "LEAVING", f"{item} runs without a slot"
+        if self.items_print:
+            worker.printed.append((worker.page[CURRENT], STDOUT, 0, b"%d\n" % item[1]))
         most = self.clients[worker.client].max_running
         if self.parents:
             self.check_limit(worker)

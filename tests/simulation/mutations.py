@@ -18,12 +18,14 @@ from scaler_executor.protocol import agent, priorities, scheduler
 from scaler_executor.protocol.agent_calls import EXPIRED, AgentCalls
 from scaler_executor.protocol.agent_crew import Crew
 from scaler_executor.protocol.agent_dispatch import Dispatch
+from scaler_executor.protocol.agent_events import Send
 from scaler_executor.protocol.agent_inheritance import Inheritance
+from scaler_executor.protocol.agent_prints import Prints
 from scaler_executor.protocol.agent_sharing import Sharing
 from scaler_executor.protocol.agent_timeouts import Timeouts
 from scaler_executor.protocol.client import ClientState
 from scaler_executor.protocol.machine import ignore
-from scaler_executor.protocol.messages import CancelKind, DeathReport
+from scaler_executor.protocol.messages import CancelKind, DeathReport, Output
 from scaler_executor.protocol.page import CURRENT, DONE, slot
 from scaler_executor.protocol.priorities import PriorityQueue
 from scaler_executor.protocol.scheduler import SchedulerState
@@ -248,6 +250,16 @@ def read_the_pipe_after_deciding() -> list[Change]:
 
     original = Cluster._on_report
     return [(Cluster, "_on_report", on_report)]
+
+
+def say_late_what_was_printed() -> list[Change]:
+    """The agent says what a call has printed after what became of the call."""
+
+    def send(self: Any, rows: list[Any]) -> None:
+        if rows:
+            self._output.late.append(Send(Output(rows)))
+
+    return [(Prints, "_send", send), (Prints, "send_due", lambda self: None)]
 
 
 def no_recall_from_busy_workers() -> list[Change]:
@@ -532,6 +544,7 @@ MUTATIONS: list[Callable[[], list[Change]]] = [
     soft_over_recall_is_answered_twice,
     forget_the_partial_answer,
     read_the_pipe_after_deciding,
+    say_late_what_was_printed,
     no_recall_from_busy_workers,
     start_before_the_definitions_are_there,
     send_the_definitions_once,

@@ -96,6 +96,7 @@ class Run(Cluster):
         self.worker_steps = 0
         self.doomed_steps = set(rng.choices(range(1, 120), k=rng.choice([0, 0, 1, 3])))
         self.aimed_steps = set(rng.choices(range(1, 120), k=rng.choice([0, 0, 2, 6])))
+        self.items_print = random.Random(f"prints {seed}").random() < 0.3
         self.set_up()
 
     # The scenario

@@ -69,6 +69,8 @@ class SimWorker:
         self.inbox: deque[WorkerRun] = deque()
         self.hung_up = False
         self.pipe: list[tuple[int, int, int, bytes]] = []
+        #: What its items have printed and the agent has not read.
+        self.printed: list[tuple[int, int, int, bytes]] = []
         self.pc = "start"
         #: It has what its client's process had when its forker was forked; or what replaces that.
         self.inherits = True
