@@ -49,7 +49,7 @@ from scaler_executor.protocol.messages import (
     Unblocked,
     WorkersBroken,
 )
-from scaler_executor.protocol.page import RECORD_BATCH_END, RECORD_READY, RECORD_UNWOUND, RECORD_VALUE
+from scaler_executor.protocol.page import RECORD_BATCH_END, RECORD_READY, RECORD_SKIPPED, RECORD_UNWOUND, RECORD_VALUE
 from scaler_executor.protocol.scheduler import Drop, PeerLost, Received, SchedulerState, Tick
 
 BASE = 1 << CLIENT_ID_SHIFT
@@ -128,6 +128,12 @@ class Hostile:
                 self.events.append(Frozen(i.worker_id, i.kill_seq, 0, 0, killed=bool(i.kill_seq)))
                 if i.kill_seq:
                     self.events.append(Exited(i.worker_id, i.kill_seq, 0, 0, DeathReport("killed")))
+                elif i.worker_id in self.agent.workers:
+                    # It had begun nothing, and so comes to the end of what it was given.
+                    skipped = [(RECORD_SKIPPED, seq, 0, b"") for seq in i.revoke]
+                    portions = len(self.agent._crew.workers[i.worker_id].portions)
+                    ends = [(RECORD_BATCH_END, 1000, 0, b"")] * portions
+                    self.events.append(Records(i.worker_id, [*skipped, *ends]))
             elif isinstance(i, Interrupt):
                 self.events.append(Records(i.worker_id, [(RECORD_UNWOUND, i.seq, 0, b"")]))
                 self.events.append(Exited(i.worker_id, i.seq, i.seq, 0, DeathReport("unwound")))
