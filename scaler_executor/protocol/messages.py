@@ -435,6 +435,7 @@ class Nested(Message, tag=43):
         | TaskCancelConfirm
         | TaskRunning
         | TaskRetried
+        | Output
     )
     client_id: int = 0
     parent: int = 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scaler_executor.protocol import agent, priorities, scheduler
+from scaler_executor.protocol import agent, priorities, scheduler, scheduler_intake
 from scaler_executor.protocol.agent_calls import EXPIRED, AgentCalls
 from scaler_executor.protocol.agent_crew import Crew
 from scaler_executor.protocol.agent_dispatch import Dispatch
@@ -264,7 +264,7 @@ def say_late_what_was_printed() -> list[Change]:
 
 def no_recall_from_busy_workers() -> list[Change]:
     """The agent leaves calls behind a long one though others are idle."""
-    return [(Dispatch, "_recall", lambda self, worker: 0)]
+    return [(Dispatch, "recall", lambda self, worker: 0)]
 
 
 def start_before_the_definitions_are_there() -> list[Change]:
@@ -425,7 +425,7 @@ def take_the_end_of_an_expired_worker_for_a_death() -> list[Change]:
 
 def ignore_priorities_at_the_scheduler() -> list[Change]:
     """The scheduler gives out what came first."""
-    return [(scheduler, "with_priorities", lambda queue: queue)]
+    return [(scheduler_intake, "with_priorities", lambda queue: queue)]
 
 
 def ignore_priorities_at_the_agent() -> list[Change]:
