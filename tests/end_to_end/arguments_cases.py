@@ -186,12 +186,15 @@ def after_shutdown(pools: Pools) -> object:
 
 
 def signatures(pools: Pools) -> object:
-    """Names, kinds and defaults."""
+    """Names, kinds and defaults. Those that only this executor has are behind all others, and have to be named."""
+    ours = {"ordered", "cancel_running", "progress"}
     seen = []
     for name in ("submit", "map", "shutdown", "__enter__"):
         signature = inspect.signature(getattr(pools.executor_class, name))
         for parameter in signature.parameters.values():
-            if parameter.name != "buffersize":  # since Python 3.14
+            if parameter.name in ours:
+                assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            elif parameter.name != "buffersize":  # since Python 3.14
                 default = parameter.default if parameter.default is not parameter.empty else "none"
                 seen.append((name, parameter.name, parameter.kind.name, default))
     parameters = list(inspect.signature(pools.executor_class).parameters.values())[:4]
