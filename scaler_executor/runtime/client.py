@@ -469,11 +469,16 @@ class ClientFutureManager:
 
     def hurry(self) -> None:
         """Send what was submitted, since somebody waits for it."""
-        # Never waits for the lock: the caller may hold what the lock's owner wants. The nap ends soon in any case.
-        if self._wake_at > 1 and self._asleep and self._batch.tasks and self._lock.acquire(blocking=False):
-            try:
+        if self._wake_at <= 1 or not self._asleep or not self._batch.tasks:
+            return
+        is_held: list[bool] = []
+        try:
+            # Never waits for the lock: the caller may hold what the lock's owner wants. The nap ends soon in any case.
+            is_held[:] = map(self._lock.acquire, (False,))  # within one bytecode, as in `_Direct`
+            if is_held[0]:
                 self._wake()
-            finally:
+        finally:
+            if is_held and is_held[0]:
                 self._lock.release()
 
     def may_wait(self) -> bool:
