@@ -310,7 +310,7 @@ class ScalerFuture(Future[T]):
         if _is_asyncio_chain(fn):
             fn = partial(_call_with_snapshot, fn)
         if self._state not in _DONE:
-            with self._condition:
+            with self._condition_lock:
                 if self._state not in _DONE:
                     owner = self._get_owner()
                     if owner is not None:
@@ -357,7 +357,7 @@ class ScalerFuture(Future[T]):
         if outcome is not CancelOutcome.FAILED:
             self._settle(CANCELLED_AND_NOTIFIED, outcome)
             return
-        with self._condition:
+        with self._condition_lock:
             ask = self._ask
             if ask is None or ask.passed_on < ask.kind:
                 return  # a stronger request is on its way: its answer counts
@@ -374,7 +374,7 @@ class ScalerFuture(Future[T]):
     def set_running(self) -> None:
         """Note that the call runs. May come late: a done future stays as it is."""
         if self.__dict__.setdefault("_state", RUNNING) == PENDING:
-            with self._condition:
+            with self._condition_lock:
                 if self._state == PENDING:
                     self._state = RUNNING
 
@@ -393,7 +393,7 @@ class ScalerFuture(Future[T]):
     def tell(self, waiter: Any) -> bool:
         """Have a waiter, of the kind that `concurrent.futures.wait` has, told when the call is over, in the thread that
         settles it. Return False if it is over already."""
-        with self._condition:
+        with self._condition_lock:
             if self._state in _DONE:
                 return False
             self._waiters.append(waiter)
@@ -432,7 +432,7 @@ class ScalerFuture(Future[T]):
         fields = self.__dict__
         ask: _Ask | None = None
         has_callbacks = False
-        with self._condition:
+        with self._condition_lock:
             before = self._state
             if before not in _DONE:
                 ask, self._ask = self._ask, None
@@ -480,6 +480,12 @@ class ScalerFuture(Future[T]):
         self._payload = None
         self.__dict__["_outcome"] = _NOTHING
 
+    @property
+    def _condition_lock(self) -> threading.RLock:
+        """For whoever wants only the lock: a Ctrl-C that hits `Condition.__enter__`, which is Python, may leave it held
+        for ever, and the I/O thread waiting; the lock's own is C."""
+        return self._condition._lock  # type: ignore[attr-defined, no-any-return]
+
     def _get_owner(self) -> FutureOwner | None:
         return getattr(self, "_owner", None)
 
@@ -506,7 +512,7 @@ class ScalerFuture(Future[T]):
             lender.wait(partial(self._wait_here, timeout))
 
     def _wait_here(self, timeout: float | None) -> None:
-        with self._condition:
+        with self._condition_lock:
             if self._state not in _DONE:
                 self._condition.wait(timeout)
             state = self._state
@@ -549,7 +555,7 @@ class ScalerFuture(Future[T]):
         owner = self._get_owner()
         if owner is not None and self._state not in _DONE:
             owner.check_process()
-        with self._condition:
+        with self._condition_lock:
             if self._state == FINISHED:
                 # Whoever waited has been told that it is done, so nobody is told again.
                 self._cancel_outcome = CancelOutcome.ALREADY_DONE

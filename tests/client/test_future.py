@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import pickle
+import sys
 import threading
 from concurrent.futures import (
     ALL_COMPLETED,
@@ -718,3 +719,25 @@ def test_wait_on_two_clients_from_two_threads() -> None:
         assert waiter.result().not_done == set()
     for setting in settings:
         setting.close()
+
+
+def test_no_lock_is_taken_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A future's lock is taken by C code: a Ctrl-C within `Condition.__enter__` could leave it held for ever."""
+    enter = threading.Condition.__enter__
+
+    def refuse(condition: threading.Condition) -> bool:
+        assert sys._getframe(1).f_code.co_filename != scaler_executor.future.__file__
+        return enter(condition)
+
+    monkeypatch.setattr(threading.Condition, "__enter__", refuse)
+    futures: list[ScalerFuture[int]] = [ScalerFuture() for _ in range(3)]
+    called: list[object] = []
+    for future in futures:
+        future.add_done_callback(called.append)
+    settling = threading.Timer(0.05, futures[0].set_result, [1])
+    settling.start()
+    assert futures[0].result(PATIENCE_S) == 1
+    settling.join()
+    futures[1].cancel()
+    futures[2].set_exception(ValueError())
+    assert called == futures
