@@ -18,6 +18,7 @@ from scaler_executor.protocol.messages import (
     AgentCapacity,
     AgentConfirm,
     AgentResult,
+    Blocked,
     ClientGone,
     ClientLimit,
     ClientLimited,
@@ -26,6 +27,7 @@ from scaler_executor.protocol.messages import (
     InheritanceReplaced,
     Message,
     Nested,
+    Output,
     TaskCancel,
     TaskCancelConfirm,
     TaskDied,
@@ -35,6 +37,7 @@ from scaler_executor.protocol.messages import (
     TaskRunning,
     TaskSplit,
     TaskSubmit,
+    Unblocked,
     WorkersBroken,
 )
 
@@ -47,6 +50,8 @@ GROUP_FRAMES: Final = MAX_FRAMES // 4
 GROUP_ROWS: Final = 1000
 #: In the place of a client: this one, where there is only one.
 _OWN: Final = -1
+#: ... and this one, of what is printed: clients count from 1.
+_PRINTED: Final = 0
 #: The field that holds the rows, of messages in which each row is for itself and begins with its task.
 _ROWS: Final[dict[type[Message], str]] = {
     TaskRun: "tasks",
@@ -82,7 +87,7 @@ class Keys:
             self.exclusive.add(_OWN)
         elif isinstance(message, TaskRun):
             self._run(message)
-        elif isinstance(message, TaskRunning):
+        elif isinstance(message, (TaskRunning, Blocked, Unblocked)):
             self.tasks.update(message.tasks)
         elif isinstance(message, TaskSplit):
             for task_id, _, at in message.splits:
@@ -96,6 +101,10 @@ class Keys:
             # A session keeps its order, and what a call submits goes before its end.
             self.exclusive.add(_OWN - message.worker_id)
             self.tasks.add(message.parent)
+        elif isinstance(message, Output):
+            # It keeps its order, and goes before what else is said of its calls.
+            self.exclusive.add(_PRINTED)
+            self.tasks.update(row[0] for row in message.rows)
         elif type(message) in _ROWS:
             self.tasks.update(row[0] for row in getattr(message, _ROWS[type(message)]))
         else:

@@ -12,6 +12,7 @@ from scaler_executor.protocol.messages import (
     AgentCapacity,
     AgentConfirm,
     AgentResult,
+    Blocked,
     Bye,
     CancelKind,
     ClientGone,
@@ -19,11 +20,13 @@ from scaler_executor.protocol.messages import (
     Frames,
     Function,
     Message,
+    Output,
     TaskCancel,
     TaskResult,
     TaskRun,
     TaskRunning,
     TaskSubmit,
+    Unblocked,
 )
 from scaler_executor.protocol.parcels import MAX_IN_PIECES, Inbox, Outbox, Packet
 from scaler_executor.protocol.precedence import PIECE_BYTES
@@ -32,14 +35,17 @@ ANY = Decoder(
     AgentCapacity
     | AgentConfirm
     | AgentResult
+    | Blocked
     | Bye
     | ClientGone
     | ClientLimit
+    | Output
     | TaskCancel
     | TaskResult
     | TaskRun
     | TaskRunning
     | TaskSubmit
+    | Unblocked
 )
 
 
@@ -181,6 +187,26 @@ def test_what_overtakes(waiting, message, overtakes):
     assert (way.move(1) == [message]) is overtakes
     way.move()
     assert len(way.arrived) == 2 and same(way.arrived[1 if not overtakes else 0], message)
+    way.check_over()
+
+
+PRINTED = Output([(3, 1, 0, b"a line\n")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "order"),
+    [
+        ([AgentResult([(1, 1, 0, 1, 0, large())]), PRINTED, AgentConfirm([(2, 1, 1, 0, 0)])], [1, 2, 0]),
+        ([Output([(3, 1, 0, b"x" * PIECE_BYTES)]), PRINTED, AgentResult([(3, 1, 0, 1, 0, b"")])], [0, 1, 2]),
+        ([Output([(3, 1, 0, b"x" * PIECE_BYTES)]), Output([(2, 1, 0, b"")]), Blocked([2])], [0, 1, 2]),
+        ([AgentResult([(1, 1, 0, 1, 0, large())]), Blocked([2]), Unblocked([2]), Blocked([1])], [1, 2, 0, 3]),
+    ],
+)
+def test_prints_and_waits_hold_nothing_up(messages, order):
+    """They wait for nothing but what is said of their own calls; prints keep their order, and go before results."""
+    way = Way()
+    way.put(*messages)
+    assert [next(i for i, sent in enumerate(messages) if same(sent, got)) for got in way.move()] == order
     way.check_over()
 
 
