@@ -173,7 +173,7 @@ class Worker:
         self.stuck = False
         #: Calls in it submit others, which must not stand behind them: it is given one at a time.
         self.has_session = False
-        #: The call in it that has said that it waits for others; 0: none.
+        #: The call in it, or an earlier one, that has said that it waits for others; 0: none.
         self.asked_for = 0
         #: That call lends its slot: the worker does not count.
         self.is_lent = False

@@ -99,8 +99,9 @@ class Lending:
             # Another thread of the call waits again: the one that wants to go on may, and the slot stays lent.
             self._output.instructions.append(ToWorker(worker.worker_id, Unblocked(message.tasks)))
             return
-        if call is None or message.tasks != [call.seq] or worker.state != "READY" or worker.asked_for:
-            return  # it is over, or is being stopped
+        if call is None or message.tasks != [call.seq] or worker.state != "READY" or worker.asked_for == call.task_id:
+            return  # it is over, or is being stopped, or has said so
+        # An earlier call may have asked and ended before the answer, which is nothing to this one.
         worker.asked_for = call.task_id
         self._output.instructions.append(Send(Blocked([call.task_id])))
 

@@ -225,6 +225,23 @@ def test_a_wait_that_is_short():
     assert agent._crew.staff == 1
 
 
+def test_a_call_ends_before_it_may_lend():
+    """A thread of it has waited; the next call in the worker lends its slot all the same, and an answer that is late
+    has nothing lent."""
+    agent = Agent(1)
+    agent.run((1, 1))
+    agent.start_worker()
+    agent.on(agents.FromWorker(1, Hello("client")))
+    agent.on(agents.FromWorker(1, Blocked([1])))
+    agent.records(value(1), batch_end(), worker=1)
+    agent.run((2, 1))
+    assert agent.on(agents.FromWorker(1, Blocked([2]))) == [agents.Send(Blocked([BASE + 2]))]
+    assert agent.got(Blocked([BASE + 1])) == [] and agent._crew.staff == 1
+    assert agent.run((3, 1)) == []
+    assert agent.got(Blocked([BASE + 2])) == [agents.Fork(2)]
+    assert agent.on(agents.FromWorker(1, Unblocked([2], at_once=True)))[0] == agents.Send(Unblocked([BASE + 2]))
+
+
 def test_the_end_of_a_lender():
     """A call that is stopped while it waits leaves no slot behind, and is not replaced; its session ends with it."""
     agent = lending()
