@@ -1,6 +1,8 @@
 """What calls print, on its way through the scheduler: each row to the client whose call it is.
 
-It knows whose a row is and whether that client is behind. It keeps nothing but the number of lines that are dropped.
+What a nested call prints goes to its session, which keeps it with the call's future, and without a call to the
+session's account, which shows it. This module knows whose a row is and whether that client is behind. It keeps nothing
+but the number of lines that are dropped.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ def forward(agent: Agent, message: Output, tasks: Mapping[int, Task], sessions: 
     """Return what to send of what an agent says was printed.
 
     Only of the clients that have, or had, tasks at this agent, and of their calls only of those that it has: what is
-    said of others is shown without a call. What a nested call prints goes to its session, and to the session's account
-    when that is over. A client to which too much waits to be sent gets none of it.
+    said of others is shown without a call. A client to which too much waits to be sent gets none of it.
 
     Raises:
         RemoteProtocolError: This is not what an agent says.
@@ -39,14 +40,24 @@ def forward(agent: Agent, message: Output, tasks: Mapping[int, Task], sessions: 
         if task is not None and task.agent is not agent:
             task = None
         client = task.client if task is not None else clients.get(task_id >> CLIENT_ID_SHIFT)
-        if client is not None and client.gone:
-            client, task = client.account, None
-        if client is None or client.gone:
+        if client is None:
             continue
-        if client.is_congested:
-            client.lost_lines += min(MAX_LOST, lost + (1 if stream == LOG else count_lines(data)))
-            continue
-        no = task.no if task is not None else 0
-        rows.setdefault(client, []).append((no, stream, lost + client.lost_lines, data))
-        client.lost_lines = 0
+        account = client.account
+        if client is not account:
+            if task is not None:
+                _add(rows, client, (task.no, stream, lost, data))
+            task = None
+        _add(rows, account, (task.no if task is not None else 0, stream, lost, data))
     return [to_client(client, Output(own)) for client, own in rows.items()]
+
+
+def _add(rows: dict[Client, list[OutputRow]], client: Client, row: OutputRow) -> None:
+    """Have a client told, or have it told later how much it has missed."""
+    no, stream, lost, data = row
+    if client.gone:
+        return
+    if client.is_congested:
+        client.lost_lines += min(MAX_LOST, lost + (1 if stream == LOG else count_lines(data)))
+        return
+    rows.setdefault(client, []).append((no, stream, lost + client.lost_lines, data))
+    client.lost_lines = 0

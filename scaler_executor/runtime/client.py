@@ -76,6 +76,7 @@ from scaler_executor.protocol.messages import (
     ToClientMessage,
     Welcome,
 )
+from scaler_executor.protocol.printed import STDERR
 from scaler_executor.runtime import exiting, log
 from scaler_executor.runtime.calls import CallPickler
 from scaler_executor.runtime.display import Display, read_output
@@ -948,7 +949,8 @@ class ClientFutureManager:
         for no, stream, lost, data in rows:
             record, text = read_output(stream, data)
             name = self._outstanding.keep_output(no, lost, text)
-            if record is not None or stream in shown:
+            # Records come to where the standard error stream is shown, or nowhere.
+            if (STDERR if record is not None else stream) in shown:
                 if self._display is None:
                     self._display = Display()
                 self._display.add(no, stream, lost, text, record, name)

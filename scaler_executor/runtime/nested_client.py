@@ -74,8 +74,8 @@ class NestedCluster:
         # Files of arguments are their client's, and this process may end before its calls do.
         self.store: SegmentStore | None = None
         self._setup = site.setup
-        # What this process prints goes on from here as its own.
-        self.shown_streams = site.taken_streams
+        # Shown by the client of the worker, which hears of it too: here it would be a print of the call in progress.
+        self.shown_streams: tuple[int, ...] = ()
         # Never readable before `kill`: the end of the agent is the end of this process.
         self.death_fd, self._alive_fd = os.pipe()
 

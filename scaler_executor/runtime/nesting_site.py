@@ -29,7 +29,6 @@ class NestingSite:
         functions: {id: Function}, the worker's.
         token: Of the executor that the worker serves; b"": not known yet.
         start_method: The worker's.
-        taken_streams: The worker's, and those of its nested calls' workers.
     """
 
     def __init__(
@@ -42,10 +41,8 @@ class NestingSite:
         functions: dict[int, Function],
         token: bytes,
         start_method: str,
-        taken_streams: tuple[int, ...],
     ) -> None:
         self.start_method = start_method
-        self.taken_streams = taken_streams
         self.main = main
         self.store = store
         self.token = token

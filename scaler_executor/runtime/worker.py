@@ -159,7 +159,6 @@ class Worker:
             self._functions,
             config.token,
             method,
-            config.taken_streams,
         )
         set_site(self._site)
         #: Of the message being served: when it began, the items run so far, whether its BATCH_END is written.

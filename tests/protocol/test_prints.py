@@ -10,13 +10,15 @@ from scaler_executor.protocol.agent_prints import (
     MAX_LINE_BYTES,
     RATE_BYTES,
 )
-from scaler_executor.protocol.messages import Hello, Output
+from scaler_executor.protocol.messages import Bye, Hello, Nested, Output
 from scaler_executor.protocol.printed import FLUSHED, LOG, STDERR, STDOUT
 from scaler_executor.protocol.scheduler import Congested, Drop
 from scaler_executor.protocol.scheduler import Send as SchedulerSend
 
 from .test_agent import BASE, REPORT, died, held, result, running, two_held, value
+from .test_nesting import SESSION, with_children
 from .test_scheduler import AGENT, CLIENT, OTHER_AGENT, OTHER_CLIENT, with_task
+from .test_scheduler import result as task_result
 
 LINE = b"x" * 99 + b"\n"
 
@@ -222,6 +224,22 @@ def test_an_agent_that_makes_no_sense(row):
     """It is dropped."""
     out = with_task().got(AGENT, Output([(BASE + 1, *row, b"")]))
     assert type(out[0]) is Drop
+
+
+def test_what_a_nested_call_prints():
+    """Its session hears of it, to keep it, and without a call its account, which shows it; one that is behind has
+    missed it, whatever the other has got."""
+    state = with_children(1)
+    to_session = [SchedulerSend(AGENT, Nested(7, Output([(1, STDOUT, 0, b"a\n")])))]
+    row = (SESSION + 1, STDOUT, 0, b"a\n")
+    assert state.got(AGENT, Output([row])) == to_session + forwarded((0, STDOUT, 0, b"a\n"))
+    state.handle(Congested(CLIENT, True), 0.0)
+    assert state.got(AGENT, Output([row])) == to_session
+    state.handle(Congested(CLIENT, False), 0.0)
+    assert state.got(AGENT, Output([(SESSION, *row[1:])])) == forwarded((0, STDOUT, 1, b"a\n"))
+    state.got(AGENT, task_result(1))
+    state.got(AGENT, Nested(7, Bye(force=True), 1))
+    assert state.got(AGENT, Output([row])) == forwarded((0, STDOUT, 0, b"a\n"))
 
 
 def test_a_client_says_nothing_of_the_kind():
