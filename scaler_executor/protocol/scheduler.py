@@ -328,7 +328,7 @@ class SchedulerState:
 
     def _let_leave(self) -> None:
         """Let the clients go that have said Bye and have nothing left here."""
-        for client in [client for client in self._nesting.leaving if self._nesting.has_left(client)]:
+        for client in [client for client in self._nesting.leaving if not client.tasks_left]:
             self._output.instructions.append(Drop(client.peer, "bye"))
             self._peer_lost(client.peer, "bye", stopped=True)
 

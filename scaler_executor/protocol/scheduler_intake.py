@@ -88,6 +88,7 @@ class Intake:
                     continue  # its head is done, with which what it takes here would be let go
             else:
                 tasks[base + no] = task
+                account.tasks_left += 1
                 append(task)
             held_bytes += len(payload) + TASK_BYTES  # type: ignore[arg-type]
         client.held_bytes = held_bytes

@@ -155,10 +155,6 @@ class Nesting:
             if task is not None and task.agent is agent and task.is_blocked:
                 self._assignment.unblock(task)
 
-    def has_left(self, account: Client) -> bool:
-        """Tell whether nothing is left of what the calls of a client have left behind."""
-        return not any(task.client.account is account for task in self._tasks.by_id.values())
-
 
 def _translated(session: Session, submit: TaskSubmit) -> TaskSubmit:
     """Return a submission with numbers of functions that no other session of the account has, all of which have the

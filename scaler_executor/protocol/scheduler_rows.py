@@ -142,7 +142,7 @@ class Client:
         self.quotas: dict[Agent, None] = {}
         #: It stands in `Assignment.ready`.
         self.is_ready = False
-        #: Number of its tasks that are not over; kept from the time when it is gone.
+        #: Number of its tasks that are not over, with those of its sessions; of a session: 0.
         self.tasks_left = 0
         #: Why no worker can be started for it, or None.
         self.broken: str | None = None

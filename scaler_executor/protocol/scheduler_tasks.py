@@ -15,6 +15,7 @@ FENCING     its agent is out of reach and may still be running it, until the fen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
@@ -126,6 +127,7 @@ class SchedulerTasks:
         if not left:
             raise RemoteProtocolError(f"task {task.no} again, all of which is done")
         self.by_id.update((piece.task_id, piece) for piece in left)
+        client.account.tasks_left += len(left)
         if task.items > 1:
             client.runs[task.no] = {piece.task_id: piece for piece in left}
         fenced += left
@@ -153,8 +155,9 @@ class SchedulerTasks:
                 held[task.seat] = held.get(task.seat, 0) + 1
         for seat, count in held.items():
             assert len(seat.tasks) == count, (seat.agent.peer, seat.tasks, count)
-        for client in self.leaving:
-            assert 0 < client.tasks_left == sum(task.client.account is client for task in self.by_id.values())
+        accounts = Counter(task.client.account for task in self.by_id.values())
+        assert all(account.tasks_left == count for account, count in accounts.items())
+        assert all(client in accounts for client in self.leaving)
 
     # Cells of the table. Each takes the task and what the event carries.
 
@@ -352,11 +355,11 @@ class SchedulerTasks:
                 del pieces[task.task_id]
                 if not pieces:
                     del client.runs[task.no]
-        if client.gone and (client := client.account).gone:
-            client.tasks_left -= 1
-            if not client.tasks_left:
-                self.leaving.pop(client, None)
-                self._assignment.forget_client(client)
+        account = client.account
+        account.tasks_left -= 1
+        if account.gone and not account.tasks_left:
+            self.leaving.pop(account, None)
+            self._assignment.forget_client(account)
 
     def _split_off(self, task: Task, at: int) -> Task:
         """Make the items of `task` from `at` on a task of their own, held by nobody, of the same attempt."""
@@ -374,8 +377,7 @@ class SchedulerTasks:
         task.items = at
         self.by_id[tail.task_id] = tail
         task.client.runs[task.no][tail.task_id] = tail
-        if task.client.account.gone:
-            task.client.account.tasks_left += 1
+        task.client.account.tasks_left += 1
         if task.family is not None:
             self.families.split(task, tail)
         return tail

@@ -31,7 +31,7 @@ from scaler_executor.protocol.messages import (
     WorkerRun,
 )
 from scaler_executor.protocol.priorities import NESTED, OVERTAKES, PriorityQueue
-from scaler_executor.protocol.scheduler import Drop, Send
+from scaler_executor.protocol.scheduler import Drop, Received, Send, Tick
 
 from .test_agent import BASE, FUNCTION, READY, REPORT, Agent, batch_end, start, value
 from .test_scheduler import AGENT, CLIENT, answer, cancel, confirm, function, result, scheduler, told, with_task
@@ -141,6 +141,25 @@ def test_bye_waits_for_what_is_left_behind():
     state = with_children(1)
     state.got(CLIENT, Bye(force=True))
     assert state._tasks.by_id[SESSION + 1].state == "CANCELING"
+
+
+class Unseen(dict):
+    """One that nobody looks through."""
+
+    __iter__ = keys = values = items = None
+
+
+def test_who_has_said_bye_costs_others_nothing():
+    """While something is left behind, the scheduler does not look for it among all the tasks of everybody."""
+    state = with_children(1, 2)
+    state.got(AGENT, result(1))
+    assert state.got(CLIENT, Bye()) == []
+    state._tasks.by_id = Unseen(state._tasks.by_id)
+    assert state.handle(Tick(), 0.0) == []
+    for no in (1, 2):
+        out = state.handle(Received(AGENT, AgentResult([(SESSION + no, 1, 0, 1, 0, b"v")])), 0.0)
+        assert (Drop(CLIENT, "bye") in out) is (no == 2)
+    assert state.outstanding == 0
 
 
 def test_nonsense_ends_the_session_alone():
