@@ -158,6 +158,7 @@ class ScalerExecutor(Executor):
         try:
             from scaler_executor.protocol.messages import Options
             from scaler_executor.runtime.client import ClientFutureManager
+            from scaler_executor.runtime.nesting_site import EXECUTORS
 
             options = Options(retries, timeout)
             client = ClientFutureManager(cluster, cancel_timeout_s=cancel_timeout, options=options)
@@ -168,6 +169,7 @@ class ScalerExecutor(Executor):
             raise
         client.close_with(self)
         self._client: ClientFutureManager | ClientView | Handle = client
+        EXECUTORS[id(self)] = self
 
     @classmethod
     def current(cls) -> ScalerExecutor:
@@ -175,9 +177,10 @@ class ScalerExecutor(Executor):
         it run on the same workers, with the options (retries, timeout, priority, cancel_grace) of the call.
 
         A pickled executor becomes a handle as well: `executor.submit(f, executor)` gives `f` one, with the executor's
-        options. A call that waits for others lets them run in its place, so one worker is enough for any depth; it goes
-        on when its place is free again. Cancelling a call cancels what it has submitted; what it leaves behind when it
-        ends is finished. `shutdown` and `with` of a handle wait for the calls that were submitted through it.
+        options; and so is, in a call, a global that is the executor. A call that waits for others lets them run in its
+        place, so one worker is enough for any depth; it goes on when its place is free again. Cancelling a call cancels
+        what it has submitted; what it leaves behind when it ends is finished. `shutdown` and `with` of a handle wait
+        for the calls that were submitted through it.
 
         Raises:
             RuntimeError: This is no call of a ScalerExecutor, or a fork of a process that makes one. Using a handle
@@ -402,10 +405,13 @@ class ScalerExecutor(Executor):
             new_name=name,
             cancel_grace=cancel_grace,
         )
+        from scaler_executor.runtime.nesting_site import EXECUTORS
+
         # Not of the type of a subclass, whose `shutdown` say may end something that the executor still needs.
         view = ScalerExecutor.__new__(ScalerExecutor)
         view._start_method, view._max_workers = self._start_method, self._max_workers
         view._client = self._client.view(options, name, self)
+        EXECUTORS[id(view)] = view
         return view
 
     def cancel(

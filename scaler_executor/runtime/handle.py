@@ -1,4 +1,5 @@
-"""Handles: executors that were pickled, and `ScalerExecutor.current()`. They submit calls from inside calls.
+"""Handles: executors that were pickled, or that a worker has inherited, and `ScalerExecutor.current()`. They submit
+calls from inside calls.
 
 A handle has in the place of a client what makes one when it is needed, in the worker where it is used: the client of
 that worker's calls (`nested_client`). It is a view of that client, so shutting it down waits for the calls that were
@@ -15,6 +16,7 @@ from scaler_executor.runtime.terms import Terms
 
 if TYPE_CHECKING:
     from scaler_executor.executor import ScalerExecutor
+    from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.view import ClientView
 
 
@@ -24,10 +26,19 @@ class Handle:
     Args:
         token: Of the executor that was pickled.
         options, name: Of its calls.
+        inherited: The client that it had where it was made, in a fork of that process.
     """
 
-    def __init__(self, token: bytes, options: Options, name: str | None) -> None:
+    def __init__(
+        self,
+        token: bytes,
+        options: Options,
+        name: str | None,
+        inherited: ClientFutureManager | ClientView | None = None,
+    ) -> None:
         self.token = token
+        # Kept, and never used: what it has is the other process's, and should not end here.
+        self._inherited = inherited
         self._terms = Terms(options, name)
         self._made: ClientView | None = None
 
@@ -86,6 +97,13 @@ def restore(token: bytes, options: Options, name: str | None, max_workers: int, 
     handle._start_method, handle._max_workers = start_method, max_workers
     handle._client = Handle(token, options, name)
     return handle
+
+
+def inherit(executor: ScalerExecutor) -> None:
+    """Make a handle of an executor that its worker has inherited: a global, say."""
+    client = executor._client
+    if not isinstance(client, Handle):
+        executor._client = Handle(client.token, client.terms.options, client.terms.name, client)
 
 
 def current() -> ScalerExecutor:

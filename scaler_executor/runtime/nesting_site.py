@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Final
 
 from scaler_executor.protocol.messages import Function, Options, Payload
 from scaler_executor.protocol.page import CURRENT, DONE, ITEM, NESTS, RANG
 
 if TYPE_CHECKING:
+    from scaler_executor.executor import ScalerExecutor
     from scaler_executor.runtime.namespace_worker import WorkerMain
     from scaler_executor.runtime.nested_client import NestedClient
     from scaler_executor.runtime.platform import Bell
@@ -110,6 +112,9 @@ class NestingSite:
         return ours
 
 
+#: {id: executor} that this process has made, views too. Weak, and by id since a subclass may not be hashable.
+EXECUTORS: Final[weakref.WeakValueDictionary[int, ScalerExecutor]] = weakref.WeakValueDictionary()
+
 #: That of this process; None: it is no worker.
 site: NestingSite | None = None
 
@@ -120,6 +125,11 @@ def get_site() -> NestingSite | None:
 
 
 def set_site(made: NestingSite) -> None:
-    """This process is a worker."""
+    """This process is a worker. What it has inherited of the executor that it serves becomes a handle."""
     global site
     site = made
+    for executor in list(EXECUTORS.values()):
+        if executor._client.token == made.token:
+            from scaler_executor.runtime.handle import inherit
+
+            inherit(executor)

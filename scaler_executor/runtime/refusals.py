@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from scaler_executor.runtime.nesting_site import get_site
+
 
 def refuse_after_shutdown() -> Exception:
     """Return what a call after `shutdown` raises."""
@@ -15,7 +17,11 @@ def refuse_at_exit() -> Exception:
 
 def refuse_child() -> Exception:
     """Return what whoever uses an executor in a forked child is told."""
-    return RuntimeError("a ScalerExecutor cannot be used in a fork of the process that made it; make a new one")
+    site = get_site()
+    instead = "make a new one"
+    if site is not None and site.is_here:
+        instead = "make a new one, or use that which runs this call: ScalerExecutor.current()"
+    return RuntimeError(f"a ScalerExecutor cannot be used in a fork of the process that made it; {instead}")
 
 
 def make_lost_error(reason: str) -> Exception:

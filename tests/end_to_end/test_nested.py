@@ -251,6 +251,85 @@ def test_functions_of_main(scene: Scene, start_method: str, served: Served, tmp_
     assert done.stdout.split() == [str((3 + 4 + 3 + 4) + 8 + 6 + 5)], done.stderr
 
 
+GLOBALS = """
+import multiprocessing, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from scaler_executor import ScalerExecutor
+
+def make(method, address):
+    if method == "served":
+        return ScalerExecutor(max_workers=1, address=address)
+    return ScalerExecutor(max_workers=1, mp_context=multiprocessing.get_context(method))
+
+if __name__ == "__main__" or sys.argv[1] == "fork":
+    # Another process that imports this makes executors of its own.
+    executor, other = make(*sys.argv[1:]), make(*sys.argv[1:])
+    view = executor.with_options(timeout=50, name="view")
+    view_of_view = view.with_options(retries=2)
+
+def deep(depth):
+    return 0 if not depth else 1 + executor.submit(deep, depth - 1).result()
+
+def options():
+    return ScalerExecutor.current()._client.terms.options
+
+def through_views():
+    one, both = (used.submit(options).result() for used in (view, view_of_view))
+    more = executor.with_options(retries=1).submit(options).result()
+    return one.timeout_s, one.retries, both.timeout_s, both.retries, more.retries, sum(view.map(abs, range(5)))
+
+def refused():
+    try:
+        other.submit(abs, 1)
+    except RuntimeError as error:
+        return "ScalerExecutor.current()" in str(error) or "another ScalerExecutor" in str(error)
+
+def refused_in_a_fork():
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            executor.submit(abs, 1)
+        except RuntimeError as error:
+            code = 0 if "make a new one" in str(error) else 2
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def ends():
+    with executor:
+        future = executor.submit(abs, -1)
+    return future.done()
+
+def main():
+    assert executor.submit(deep, 5).result(60) == 5
+    assert view.submit(deep, 5).result(60) == 5
+    said = executor.submit(through_views).result(60)
+    assert said == (50, 0, 50, 2, 1, 10), said
+    assert executor.submit(refused).result(60)
+    assert executor.submit(refused_in_a_fork).result(60) == 0
+    assert executor.submit(ends).result(60)
+    assert executor.submit(abs, -1).result(60) == 1
+    assert refused_in_a_fork() == 0 and executor.submit(abs, -2).result(60) == 2
+    executor.shutdown()
+    other.shutdown()
+    print("good")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_an_executor_that_is_a_global(start_method: str, served: Served, tmp_path: Path) -> None:
+    """Inside a call it is a handle, as are its views, also where the worker has inherited them; elsewhere a fork cannot
+    use it."""
+    (tmp_path / "program.py").write_text(GLOBALS)
+    (tmp_path / "importing.py").write_text("import program\nprogram.main()\n")
+    for name in ["program.py", "importing.py"] if start_method == "fork" else ["program.py"]:
+        arguments = [str(tmp_path / name), start_method, str(served.connection)]
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=2 * DEADLINE_S)
+        assert done.stdout.split() == ["good"], done.stderr
+
+
 def test_two_machines(tmp_path: Path) -> None:
     """Nested calls run on whichever machine has room; when one of them is lost, so are the calls there, and what those
     have submitted elsewhere."""
