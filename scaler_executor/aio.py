@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scaler_executor.executor import ScalerExecutor
     from scaler_executor.runtime.client import ClientFutureManager
     from scaler_executor.runtime.handle import Handle
+    from scaler_executor.runtime.lender import Lender
     from scaler_executor.runtime.view import ClientView
 
     Client: TypeAlias = ClientFutureManager | ClientView | Handle
@@ -74,7 +75,8 @@ class Landing:
         try:
             if not future.tell(self):
                 return
-            await settled
+            lender = future._get_lender()
+            await (settled if lender is None else _lending(lender, settled))
         except BaseException:
             future.cancel(0)
             raise
@@ -125,6 +127,15 @@ class Landing:
         if arrived and not self._is_called:
             self._is_called = True
             asyncio.get_running_loop().call_soon(self._land)
+
+
+async def _lending(lender: Lender, awaited: Awaitable[T]) -> T:
+    """Await something for which the call in which this is lends its slot."""
+    goes_on = lender.begin_await()
+    try:
+        return await awaited
+    finally:
+        goes_on()
 
 
 def call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
@@ -244,7 +255,8 @@ class _Feed:
             if self._task.done() and not inbox:
                 self._task.result()
                 raise StopAsyncIteration
-            await self._news.wait()
+            lender = self._client.lender
+            await (self._news.wait() if lender is None else _lending(lender, self._news.wait()))
             self._turn_end = time.monotonic() + FILL_S
 
     def note_consumed(self) -> None:

@@ -178,9 +178,10 @@ class ScalerExecutor(Executor):
 
         A pickled executor becomes a handle as well: `executor.submit(f, executor)` gives `f` one, with the executor's
         options; and so is, in a call, a global that is the executor. A call that waits for others lets them run in its
-        place, so one worker is enough for any depth; it goes on when its place is free again. Cancelling a call cancels
-        what it has submitted; what it leaves behind when it ends is finished. `shutdown` and `with` of a handle wait
-        for the calls that were submitted through it.
+        place, so one worker is enough for any depth; it goes on when its place is free again. In an event loop it waits
+        as long as any call is awaited, and goes on at once; a wait that is none for a future, say for an event that a
+        done-callback sets, keeps the place. Cancelling a call cancels what it has submitted; what it leaves behind when
+        it ends is finished. `shutdown` and `with` of a handle wait for the calls that were submitted through it.
 
         Raises:
             RuntimeError: This is no call of a ScalerExecutor, or a fork of a process that makes one. Using a handle

@@ -308,7 +308,9 @@ class ScalerFuture(Future[T]):
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """As `Future.add_done_callback`, except that `fn` runs in the executor's callback thread."""
         if _is_asyncio_chain(fn):
-            fn = partial(_call_with_snapshot, fn)
+            # The loop that waits for it is not to be seen, so the call in which it runs waits from here on.
+            lender = None if self._state in _DONE else self._get_lender()
+            fn = partial(_call_with_snapshot, fn, None if lender is None else lender.begin_await())
         if self._state not in _DONE:
             with self._condition_lock:
                 if self._state not in _DONE:
@@ -701,8 +703,12 @@ def _is_asyncio_chain(fn: Any) -> bool:
     )
 
 
-def _call_with_snapshot(fn: Callable[[Future[Any]], object], future: Future[Any]) -> object:
+def _call_with_snapshot(
+    fn: Callable[[Future[Any]], object], goes_on: Callable[[], object] | None, future: Future[Any]
+) -> object:
     assert isinstance(future, ScalerFuture)
+    if goes_on is not None:
+        goes_on()
     return fn(_Snapshot(future))
 
 

@@ -1,8 +1,10 @@
 """A worker's side of lending: while calls wait for nested ones, others may run in their place.
 
 A call waits as long as any of its threads does, in `result`, `exception`, `wait`, `as_completed`, the iterator of a
-`map`, or `shutdown`: so threads that wait for each other end too. Who has waited goes on when the call has its slot
-again; but a thread goes on at once while others wait, and a call at once when it has waited for as long as it would.
+`map`, or `shutdown`: so threads that wait for each other end too. What an event loop awaits counts as such a thread;
+whether the loop has something else to do cannot be seen. Who has waited goes on when the call has its slot again; but a
+thread goes on at once while others wait, a call at once when it has waited for as long as it would, and a loop always:
+it must not be held up.
 """
 
 from __future__ import annotations
@@ -54,6 +56,10 @@ class Lender:
             raise
         self._await(self._end(seq, at_once=result is False))
         return result
+
+    def begin_await(self) -> Callable[[], object]:
+        """The call waits, in an event loop, until what this returns is called."""
+        return partial(self._end, self._begin(), at_once=True)
 
     def granted(self) -> None:
         """The slot that was wanted first is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -136,6 +137,46 @@ def counted_tree(executor: ScalerExecutor, path: str, depth: int) -> int:
 def in_threads(executor: ScalerExecutor, n: int) -> int:
     with ThreadPoolExecutor(4) as threads:
         return sum(threads.map(lambda value: executor.submit(abs, -value).result(), range(n)))
+
+
+def awaits(executor: ScalerExecutor, how: str, depth: int) -> int:
+    """Return 2**depth, by calls that are awaited in an event loop."""
+
+    async def main() -> int:
+        if not depth:
+            return 1
+        nested = executor, how, depth - 1
+        if how == "asubmit":
+            return sum(await asyncio.gather(*(executor.asubmit(awaits, *nested) for _ in range(2))))
+        if how == "amap":
+            return sum([value async for value in executor.amap(awaits, *([item] * 2 for item in nested))])
+        if how == "wrap_future":
+            futures = [asyncio.wrap_future(executor.submit(awaits, *nested)) for _ in range(2)]
+        else:
+            loop = asyncio.get_running_loop()
+            futures = [loop.run_in_executor(executor, awaits, *nested) for _ in range(2)]
+        return await futures[0] + await futures[1]
+
+    return asyncio.run(main())
+
+
+def awaits_in_vain(executor: ScalerExecutor) -> tuple[int, int]:
+    """Leave calls that were awaited: by a timeout, and for ever."""
+
+    async def main() -> int:
+        executor_loop = asyncio.get_running_loop()
+        left = executor_loop.run_in_executor(executor, abs, -1)
+        try:
+            await asyncio.wait_for(executor.asubmit(time.sleep, 60), 0.1)
+        except asyncio.TimeoutError:
+            pass
+        return await left
+
+    async def leave() -> None:
+        asyncio.get_running_loop().run_in_executor(executor, abs, -1)
+
+    asyncio.run(leave())
+    return asyncio.run(main()), executor.submit(abs, -2).result()
 
 
 def with_block(executor: ScalerExecutor, n: int) -> list[bool]:

@@ -54,6 +54,15 @@ def test_threads_with_one_worker(make: Make) -> None:
     assert executor.submit(nested_calls.in_threads, executor, 20).result(DEADLINE_S) == sum(range(20))
 
 
+@pytest.mark.parametrize("how", ["asubmit", "amap", "wrap_future", "run_in_executor"])
+def test_awaiting_with_one_worker(make: Make, how: str) -> None:
+    """A call lends its place while its event loop awaits nested calls, and goes on when they are over or given up."""
+    executor = make(max_workers=1)
+    assert executor.submit(nested_calls.awaits, executor, how, 3).result(DEADLINE_S) == 8
+    assert executor.submit(nested_calls.awaits_in_vain, executor).result(DEADLINE_S) == (1, 2)
+    assert executor.submit(nested_calls.fibonacci, 5).result(DEADLINE_S) == 5
+
+
 def test_current_has_the_options_of_the_call(make: Make) -> None:
     """What holds for a call holds for those that it submits through `current`."""
     executor = make(max_workers=1)
