@@ -430,7 +430,8 @@ class ScalerExecutor(Executor):
     def clear(self) -> None:
         """Cancel all calls that are outstanding, by force, and wait as `ScalerFuture.cancel`. It stays usable.
 
-        Of a view, see `with_options`: those that were submitted through it.
+        Of a view, see `with_options`: those that were submitted through it. Calls that have submitted others take those
+        with them; what was submitted by calls that have ended by themselves runs on.
         """
         self._client.clear(DEFAULT_TIMEOUT)
 
