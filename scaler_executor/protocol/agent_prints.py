@@ -17,7 +17,7 @@ from scaler_executor.protocol.agent_crew import Call, Crew, Worker
 from scaler_executor.protocol.agent_events import Printed, Send
 from scaler_executor.protocol.agent_output import AgentOutput
 from scaler_executor.protocol.messages import CLIENT_ID_SHIFT, Output, OutputRow
-from scaler_executor.protocol.printed import FLUSHED, LOG, count_lines
+from scaler_executor.protocol.printed import FLUSHED, LOG, MAX_LOST, count_lines
 
 #: Of each client: so much at once, and then so much a second.
 BURST_BYTES: Final = 4 << 20
@@ -94,9 +94,9 @@ class _Pending:
                 lost += dropped.pop()[2]
             self.size -= at
             if at < len(data):
-                rows.appendleft((task_id, stream, lost, data[at:]))
+                rows.appendleft((task_id, stream, min(lost, MAX_LOST), data[at:]))
             else:
-                dropped.append((task_id, stream, lost, b""))
+                dropped.append((task_id, stream, min(lost, MAX_LOST), b""))
                 self.size -= _ROW_BYTES
         rows.extendleft(reversed(dropped))
         self.size += len(dropped) * _ROW_BYTES

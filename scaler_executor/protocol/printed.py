@@ -15,6 +15,9 @@ STDERR: Final = 2
 LOG: Final = 3  # msgpack of a `LogRecord`, one a row
 FLUSHED: Final = 16
 
+#: Lines that are dropped are counted up to here.
+MAX_LOST: Final = 1 << 48
+
 
 class LogRecord(msgspec.Struct, array_like=True):
     """A record of logging, on its way to where it is handled."""

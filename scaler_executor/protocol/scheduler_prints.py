@@ -8,17 +8,13 @@ but the number of lines that are dropped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final
 
 from scaler_executor.protocol.codec import RemoteProtocolError
 from scaler_executor.protocol.messages import CLIENT_ID_SHIFT, Output, OutputRow
-from scaler_executor.protocol.printed import LOG, STDERR, STDOUT, count_lines
+from scaler_executor.protocol.printed import LOG, MAX_LOST, STDERR, STDOUT, count_lines
 from scaler_executor.protocol.scheduler_events import Send
 from scaler_executor.protocol.scheduler_output import to_client
 from scaler_executor.protocol.scheduler_rows import Agent, Client, Session, Task
-
-#: An agent counts lines up to here.
-MAX_LOST: Final = 1 << 48
 
 
 def forward(agent: Agent, message: Output, tasks: Mapping[int, Task], sessions: Iterable[Session]) -> list[Send]:
@@ -57,7 +53,8 @@ def _add(rows: dict[Client, list[OutputRow]], client: Client, row: OutputRow) ->
     if client.gone:
         return
     if client.is_congested:
-        client.lost_lines += min(MAX_LOST, lost + (1 if stream == LOG else count_lines(data)))
+        lost += 1 if stream == LOG else count_lines(data)
+        client.lost_lines = min(MAX_LOST, client.lost_lines + lost)
         return
     rows.setdefault(client, []).append((no, stream, lost + client.lost_lines, data))
     client.lost_lines = 0

@@ -87,8 +87,8 @@ def read_output(stream: int, data: bytes) -> tuple[LogRecord | None, str]:
         return None, data.decode("utf-8", "replace")
     try:
         record = msgspec.msgpack.decode(data, type=LogRecord)
-    except msgspec.MsgspecError:
-        return None, ""
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None, ""  # a call has written over it
     import logging
 
     text = f"{logging.getLevelName(record.level)}:{record.name}:{record.message}\n"

@@ -26,7 +26,7 @@ from scaler_executor.protocol.page import (
     OUTPUT_READ,
     OUTPUT_START,
 )
-from scaler_executor.protocol.printed import FLUSHED, LOG, count_lines
+from scaler_executor.protocol.printed import FLUSHED, LOG, MAX_LOST, STDERR, STDOUT, count_lines
 
 _HEAD_BYTES: Final = 16
 #: A record has no more data than this, so that little is overwritten at once.
@@ -204,7 +204,10 @@ class OutputReader:
                 first = end
             data = data[first - head :]
             head, start = first, max(start, first)
-        lost, self._lost = page[OUTPUT_LOST] - self._lost, page[OUTPUT_LOST]
+        told, self._lost = self._lost, page[OUTPUT_LOST]
+        lost = self._lost - told
+        if not 0 <= lost <= MAX_LOST:
+            lost = 0  # user code has written over it: the next one counts from there
         rows: list[OutputRow] = []
         base = head
         while head + _HEAD_BYTES <= end:
@@ -212,7 +215,7 @@ class OutputReader:
             word = int.from_bytes(data[at : at + 8], "little")
             seq = int.from_bytes(data[at + 8 : at + 16], "little")
             stop = head + _HEAD_BYTES + (word >> 8)
-            if not 0 <= word >> 8 <= OUTPUT_BYTES:
+            if word >> 8 > OUTPUT_BYTES or word & 0xFF & ~FLUSHED not in (STDOUT, STDERR, LOG):
                 return self._forget()
             self._head = head
             if stop > start or (stop == head + _HEAD_BYTES and head >= start):
@@ -226,8 +229,10 @@ class OutputReader:
         return rows
 
     def _forget(self) -> list[OutputRow]:
-        """User code has written over it: go on behind that."""
-        self.position = self._head = self._page[OUTPUT_READ] = self._page[OUTPUT_END]
+        """User code has written over it: go on behind that, where the next record will begin."""
+        self.position = self._page[OUTPUT_READ] = end = self._page[OUTPUT_END]
+        self._head = -(-end // 8) * 8
+        self._lost = self._page[OUTPUT_LOST]
         return []
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from scaler_executor.protocol.agent_prints import (
     RATE_BYTES,
 )
 from scaler_executor.protocol.messages import Bye, Hello, Nested, Output
-from scaler_executor.protocol.printed import FLUSHED, LOG, STDERR, STDOUT
+from scaler_executor.protocol.printed import FLUSHED, LOG, MAX_LOST, STDERR, STDOUT
 from scaler_executor.protocol.scheduler import Congested, Drop
 from scaler_executor.protocol.scheduler import Send as SchedulerSend
 
@@ -136,6 +136,16 @@ def test_no_more_than_a_budget_is_sent():
     lines = sum(row[2] + row[3].count(b"\n") for row in sent + rest)
     assert lines == 4 * BURST_BYTES // (100 * len(LINE)) * 100
     assert max(row[2] for row in rest) > 100_000
+
+
+def test_no_number_of_lines_is_too_large():
+    """A worker's page may say anything: what it says is added up to a limit."""
+    state = running()
+    flood(state, 2 * BURST_BYTES)
+    for _ in range(2 * KEPT_BYTES // len(LINE)):
+        printed(state, (2, STDOUT, MAX_LOST, LINE))
+    rows = rows_of(state.tick(1.0))
+    assert max(row[2] for row in rows) == MAX_LOST
 
 
 def test_the_end_comes_with_the_result():

@@ -79,6 +79,8 @@ def test_records_are_lines() -> None:
     record = LogRecord("a.b", logging.WARNING, "text", trace="Traceback\nE")
     assert read_output(LOG, msgspec.msgpack.encode(record)) == (record, "WARNING:a.b:text\nTraceback\nE\n")
     assert read_output(LOG, b"nonsense") == (None, "")
+    assert read_output(LOG, b"\x93\xa1\xff\x1e\xa1m") == (None, "")
+    assert read_output(LOG, b"\x9e" + msgspec.msgpack.encode(record)[1:] + b"\x91" * 100_000) == (None, "")
     assert read_output(LOG, b"") == (None, "")
     assert read_output(STDOUT, b"caf\xc3\xa9 \xff") == (None, "caf\u00e9 \ufffd")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from scaler_executor.protocol.page import CURRENT, DONE, OUTPUT_BYTES, OUTPUT_END, OUTPUT_START
-from scaler_executor.protocol.printed import FLUSHED, LOG, STDERR, STDOUT
+from scaler_executor.protocol.page import CURRENT, DONE, OUTPUT_BYTES, OUTPUT_END, OUTPUT_LOST, OUTPUT_START
+from scaler_executor.protocol.printed import FLUSHED, LOG, MAX_LOST, STDERR, STDOUT
 from scaler_executor.runtime import output_ring, platform
 from scaler_executor.runtime.output_ring import OutputReader, OutputWriter
 
@@ -167,6 +167,26 @@ def test_garbage(ring: Ring) -> None:
     ring.page[OUTPUT_END] += 1 << 40
     assert ring.reader.read() == []
     memory.release()
+
+
+@pytest.mark.parametrize("lost", [-5, MAX_LOST + 1])
+def test_a_number_of_lines_that_makes_no_sense(ring: Ring, lost: int) -> None:
+    """It is not passed on, and the next one counts from there."""
+    ring.page[OUTPUT_LOST] = lost
+    ring.write((STDOUT, b"a\n"))
+    assert [row[2:] for row in ring.reader.read()] == [(0, b"a\n")]
+    ring.page[OUTPUT_LOST] += 2
+    ring.write((STDOUT, b"b\n"))
+    assert [row[2:] for row in ring.reader.read()] == [(2, b"b\n")]
+
+
+@pytest.mark.parametrize("kind", [0, 4, STDOUT | 32, FLUSHED])
+def test_a_kind_that_makes_no_sense(ring: Ring, kind: int) -> None:
+    """It is not passed on."""
+    ring.write((STDOUT, b"a\n"), (kind, b"b\n"))
+    assert ring.reader.read() == []
+    ring.write((STDOUT, b"c\n"))
+    assert [row[1:] for row in ring.reader.read()] == [(STDOUT, 0, b"c\n")]
 
 
 def test_a_child_that_a_call_forked(ring: Ring) -> None:
