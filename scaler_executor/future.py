@@ -273,7 +273,8 @@ class ScalerFuture(Future[T]):
     def log(self) -> str:
         """What the call wrote to `sys.stdout` and `sys.stderr`, and its records of logging as far as they came to this
         process, in order: the last 65,536 characters, with a line where some are missing that says how many. Complete
-        when the future is done, whatever ended the call; of several attempts all of it. "" if there was nothing."""
+        when the future is done, whatever ended the call; of several attempts all of it. "" if there was nothing. Where
+        the calls' `sys.stdout` is your own file or pipe, what that has in its buffer is missing of a killed call."""
         log = self._log
         return "" if log is None else log.text()
 

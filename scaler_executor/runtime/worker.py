@@ -428,6 +428,8 @@ class Worker:
             if size:
                 used += size
                 count += 1
+                if item + 1 == items:
+                    self._output.hand_down()
                 page[PENDING] = count << 32 | used
                 if perf_counter() - self._rang_at > RING_INTERVAL_S:
                     self._write_range(seq, count, used)
@@ -458,6 +460,7 @@ class Worker:
 
     def _write_range(self, seq: int, count: int, used: int, *, ends_batch: bool = False) -> None:
         """Write what stands in the range buffer into the pipe."""
+        self._output.hand_down()
         self._items_run += count
         head = _pack(4 + used, seq, self._page[RANGE_FIRST], 0, RECORD_VALUES) + count.to_bytes(4, "little")
         behind = self._batch_end() if ends_batch else b""
@@ -517,6 +520,7 @@ class Worker:
         """Write what became of a call or an item."""
         if self._is_fork:
             self._exit_if_fork(error)
+        self._output.hand_down()
         self._items_run += kind != RECORD_SKIPPED
         body: Payload = b""
         if error is not None:
@@ -548,6 +552,7 @@ class Worker:
 
     def _write_unwound(self, seq: int, item: int) -> None:
         """Say that the call has unwound. What is left of it ends with the process, and is killed where it does not."""
+        self._output.hand_down()
         self._write(_pack(0, seq, item, 0, RECORD_UNWOUND))
 
     def _batch_end(self) -> bytes:

@@ -48,6 +48,8 @@ class WorkerOutput:
         self._writer = OutputWriter(page, self._announce)
         #: Begins of lines that are not written yet, of streams that are left.
         self._held: list[_WholeLines] = []
+        #: A stdout that is left and buffers text by itself, with how much of it.
+        self._texts: list[tuple[Any, int]] = []
 
     @property
     def is_off(self) -> bool:
@@ -77,10 +79,25 @@ class WorkerOutput:
 
     def add(self, kind: int, data: bytes, *, is_taken: bool) -> None:
         """Add what was written to a stream."""
+        if kind & ~FLUSHED != STDOUT:
+            self.hand_down()  # it was printed before
         self._writer.add(kind, data, waits=is_taken)
         page = self._page
         if not page[OUTPUT_WATCHED] and (is_taken or page[OUTPUT_END] - page[OUTPUT_READ] > OUTPUT_BYTES // 2):
             self._announce()
+
+    def hand_down(self) -> None:
+        """Copy what a stdout that is left still holds as text. To be done before the result of a call is written.
+
+        It is not flushed: that would take a system call.
+        """
+        for stream, chunk_characters in self._texts:
+            try:
+                stream._CHUNK_SIZE = 1
+                stream.write("")
+                stream._CHUNK_SIZE = chunk_characters
+            except Exception:
+                pass  # closed or full: neither is the call's result; what interrupts the call goes on
 
     def leave(self) -> None:
         """In a child that a call forked: nothing of this is its own."""
@@ -96,9 +113,13 @@ class WorkerOutput:
     def _copy(self, kind: int, stream: Any) -> None:
         """Copy from now on what is written to a stream that is left where it goes."""
         buffer = stream.buffer
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(write_through=True)  # so that the buffer has at once what a call writes
         is_buffered = isinstance(buffer, io.BufferedWriter)
+        if kind == STDOUT and is_buffered and _buffers_text(stream):
+            # Copied with what it hands down, a chunk or what there is when it is flushed: as fast as without a copy.
+            stream.flush()
+            self._texts.append((stream, stream._CHUNK_SIZE))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(write_through=True)  # so that the buffer has at once what a call writes
         write, add = buffer.write, self._writer.add
         is_begun = False
 
@@ -132,6 +153,17 @@ class WorkerOutput:
         buffer.flush = flushing(buffer.flush)
         if stream is not buffer:
             stream.flush = flushing(stream.flush)
+
+
+def _buffers_text(stream: Any) -> bool:
+    """Return whether a stream keeps text for a while, and can be made to hand it down by `WorkerOutput.hand_down`."""
+    return (
+        type(stream) is io.TextIOWrapper
+        and not stream.line_buffering
+        and not stream.write_through
+        and hasattr(stream, "_CHUNK_SIZE")
+        and not "".encode(stream.encoding)  # a byte order mark
+    )
 
 
 class _WholeLines:

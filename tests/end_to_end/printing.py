@@ -35,13 +35,18 @@ def fail(text: str) -> None:
     raise ValueError(text)
 
 
+def say_at_last(text: str) -> None:
+    """Print what is to be kept of a call that is killed: a file or pipe of the user's has to be flushed for that."""
+    print(text, flush=not hasattr(sys.stdout.buffer, "is_taken"))
+
+
 def die(text: str) -> None:
-    print(text)
+    say_at_last(text)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_once(text: str, path: str) -> None:
-    print(text)
+    say_at_last(text)
     if not os.path.exists(path):
         open(path, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +55,7 @@ def die_once(text: str, path: str) -> None:
 def hang(text: str, gate: Any = None) -> None:
     """Run on whatever is done about it; `gate` is told when the text is printed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print(text)
+    say_at_last(text)
     if gate is not None:
         gate.tell()
     while True:
@@ -72,6 +77,19 @@ def flood() -> None:
 def say_lines(count: int, letter: str, width: int) -> None:
     for _ in range(count):
         print(letter * width)
+
+
+def count_copies(count: int) -> int:
+    """Print so many lines, and return how often the text was handed down meanwhile."""
+    buffer = sys.stdout.buffer
+    write, calls = buffer.write, []
+    buffer.write = lambda data: calls.append(data) or write(data)  # type: ignore[func-returns-value, method-assign]
+    try:
+        for number in range(count):
+            print("line", number)
+        return len(calls)
+    finally:
+        buffer.write = write  # type: ignore[method-assign]
 
 
 def say_at_once(size: int) -> None:

@@ -139,6 +139,37 @@ with ScalerExecutor(4) as executor:
     assert Counter(done.stdout.splitlines()) == {letter * 777: 2000 for letter in "abcdefgh"}
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_text_is_copied_in_chunks(method: str, tmp_path: Path) -> None:
+    """Into a file a line costs no more than it does without a copy, and the log of a call is whole with its result."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import multiprocessing
+import sys
+from scaler_executor import ScalerExecutor
+import printing
+if __name__ == "__main__":
+    with ScalerExecutor(1, multiprocessing.get_context({method!r})) as executor:
+        futures = [executor.submit(printing.count_copies, number) for number in (3, 0, 100)]
+        counts = [future.result({DEADLINE_S}) for future in futures]
+        logs = [future.log for future in futures]
+        mapped = list(executor.map(printing.say, "abc"))
+    print([counts, logs, mapped], file=sys.stderr)
+""")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**environment, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    logs = ["".join(f"line {line}\n" for line in range(count)) for count in (3, 0, 100)]
+    assert done.stderr == f"{[[0, 0, 0], logs, [None] * 3]}\n"
+    assert done.stdout == "".join(logs) + "a\nb\nc\n"
+
+
 @all_kinds
 @taken
 def test_a_thread_prints_after_its_call(out: io.StringIO, make: Make, scene: Scene) -> None:
