@@ -2,8 +2,9 @@
 
 `Display` writes to `sys.stdout` and `sys.stderr` and hands records to logging, in a thread of its own, since all of
 these may block or run code of the user's. It takes rows from the client's I/O thread, which waits a moment before it
-settles a call whose lines are not shown yet; but not for ever, nor twice in a row: whoever does not read what he is
-shown holds up nobody, and is told how much he has missed. `CallLog` is the end of what one call wrote.
+settles a call whose lines are not shown yet; but not for ever, nor twice in a row, nor for more than a small part of
+its time: whoever is slow to read what he is shown holds up nobody, and is told how much he has missed. `CallLog` is the
+end of what one call wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import select
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
@@ -22,12 +24,16 @@ from scaler_executor.protocol.printed import LOG, STDOUT, LogRecord, count_lines
 
 #: The log of a future has so many characters, the last ones.
 MAX_LOG_CHARACTERS: Final = 1 << 16
-#: So much waits to be shown.
+#: So much waits to be shown, and each piece of it counts for so much besides its text.
 MAX_WAITING_CHARACTERS: Final = 4 << 20
+ITEM_CHARACTERS: Final = 200
 #: Of which as much at once as a pipe takes that is said to have room.
 WRITE_BYTES: Final = select.PIPE_BUF
 #: A call that is over is settled so much later at most, for its lines to be shown first.
 SHOW_S: Final = 0.05
+#: All of them together so much: at first, and then so much a second.
+PATIENCE_S: Final = 0.25
+PATIENCE_RATE: Final = 0.05
 #: At the end, what is still to be shown is given up when nothing of it could be for so long.
 CLOSE_S: Final = 1.0
 
@@ -108,6 +114,11 @@ class _Item:
         self.call_name = call_name
 
     @property
+    def characters(self) -> int:
+        """What it takes of MAX_WAITING_CHARACTERS."""
+        return len(self.text) + ITEM_CHARACTERS
+
+    @property
     def lines(self) -> int:
         return self.lost + (1 if self.record is not None else count_lines(self.text.encode("utf-8", "replace")))
 
@@ -125,6 +136,9 @@ class Display:
         self._last: dict[int, int] = {}
         #: Nobody waits for what is shown, until all of it is.
         self._is_behind = False
+        #: So long may still be waited, as of when.
+        self._patience_s = PATIENCE_S
+        self._patient_at = time.monotonic()
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -135,12 +149,12 @@ class Display:
         item = _Item(stream, lost, text, record, call_name)
         with self._changed:
             self._items.append(item)
-            self._waiting_characters += len(text)
+            self._waiting_characters += item.characters
             self._added += 1
             self._last[no] = self._added
             while self._waiting_characters > MAX_WAITING_CHARACTERS and len(self._items) > 1:
                 first = self._items.popleft()
-                self._waiting_characters -= len(first.text)
+                self._waiting_characters -= first.characters
                 self._items[0].lost += first.lines
                 self._shown += 1
             self._changed.notify_all()
@@ -156,13 +170,22 @@ class Display:
         """Wait until what these have printed is shown, if that is soon."""
         if not self._last:
             return
-        needed = max(map(self._last.pop, set(self._last).intersection(tasks)), default=0)
+        needed = max((self._last.pop(task, 0) for task in tasks), default=0)
         with self._changed:
             if self._shown == self._added:
                 self._is_behind = False
                 self._last.clear()
             elif self._shown < needed and not self._is_behind:
-                self._is_behind = not self._changed.wait_for(lambda: self._shown >= needed, SHOW_S)
+                self._is_behind = not self._wait(needed)
+
+    def _wait(self, needed: int) -> bool:
+        """Wait until so many rows are shown. Return False if that takes too long. Under the lock."""
+        start = time.monotonic()
+        patience_s = min(PATIENCE_S, self._patience_s + (start - self._patient_at) * PATIENCE_RATE)
+        is_shown = self._changed.wait_for(lambda: self._shown >= needed, min(SHOW_S, patience_s))
+        self._patient_at = time.monotonic()
+        self._patience_s = max(0.0, patience_s - (self._patient_at - start))
+        return is_shown
 
     def close(self) -> None:
         """Wait until all is shown, while there is progress; then show nothing more."""
@@ -211,7 +234,7 @@ class Display:
         ):
             items.append(self._items.popleft())
             size += len(following.text)
-        self._waiting_characters -= size
+        self._waiting_characters -= sum(item.characters for item in items)
         return items
 
     def _show(self, items: list[_Item]) -> None:

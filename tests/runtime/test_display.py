@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -14,8 +15,10 @@ import pytest
 
 from scaler_executor.protocol.printed import LOG, STDERR, STDOUT, LogRecord
 from scaler_executor.runtime.display import (
+    ITEM_CHARACTERS,
     MAX_LOG_CHARACTERS,
     MAX_WAITING_CHARACTERS,
+    PATIENCE_S,
     CallLog,
     Display,
     read_output,
@@ -126,6 +129,36 @@ def test_a_stream_that_blocks(display: Display, monkeypatch: pytest.MonkeyPatch)
     shown = gate.getvalue()
     [mark] = [line for line in shown.splitlines() if line.startswith("...")]
     assert int(mark.split()[1].replace(",", "")) + shown.count(text) == count
+
+
+def test_a_stream_that_is_slow(display: Display, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All waiting for it together has a limit, though each is short."""
+
+    class Slow(io.StringIO):
+        delay_s = 0.02
+
+        def write(self, text: str) -> int:
+            time.sleep(self.delay_s)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", stream := Slow())
+    start = time.monotonic()
+    for number in range(1, 101):
+        display.add(number, STDOUT, 0, "x\n", None, "f")
+        display.wait_for([number])
+    assert PATIENCE_S / 2 < time.monotonic() - start < 1.5
+    stream.delay_s = 0.0
+    display.close()
+
+
+def test_many_short_rows_are_bounded(display: Display, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take more than their text."""
+    monkeypatch.setattr(sys, "stdout", gate := Gate())
+    for number in range(50_000):
+        display.add(number, STDOUT, 0, "x\n", None, "f")
+    assert len(display._items) <= MAX_WAITING_CHARACTERS // ITEM_CHARACTERS
+    gate.is_open.set()
+    display.close()
 
 
 def test_a_pipe_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
