@@ -36,6 +36,13 @@ PATIENCE_S: Final = 0.25
 PATIENCE_RATE: Final = 0.05
 #: At the end, what is still to be shown is given up when nothing of it could be for so long.
 CLOSE_S: Final = 1.0
+#: So long may a stream that is stuck hold up whoever forks this process.
+FORK_S: Final = 0.5
+
+#: Held while a stream is written to, and by whoever forks this process: the child would find the stream's lock taken.
+_WRITING: Final = threading.Lock()
+#: Whether the thread that forks has got it.
+_fork = threading.local()
 
 
 class CallLog:
@@ -260,8 +267,9 @@ class Display:
         for part in _parts(text) if fd is not None else [text]:
             if fd is not None and not self._await_room(fd):
                 return
-            stream.write(part)
-            stream.flush()
+            with _WRITING:
+                stream.write(part)
+                stream.flush()
 
     def _await_room(self, fd: int) -> bool:
         """Wait until something can be written, or the end has come. Return whether it can."""
@@ -271,6 +279,18 @@ class Display:
             if poller.poll(100):
                 return True
         return False
+
+
+def _before_fork() -> None:
+    _fork.has_lock = _WRITING.acquire(timeout=FORK_S)
+
+
+def _after_fork() -> None:
+    if _fork.has_lock:
+        _WRITING.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork, after_in_parent=_after_fork)
 
 
 def _descriptor_of(stream: Any) -> int | None:

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from scaler_executor.protocol.printed import LOG, STDERR, STDOUT, LogRecord
+from scaler_executor.runtime import display as display_module
 from scaler_executor.runtime.display import (
     ITEM_CHARACTERS,
     MAX_LOG_CHARACTERS,
@@ -149,6 +150,32 @@ def test_a_stream_that_is_slow(display: Display, monkeypatch: pytest.MonkeyPatch
     assert PATIENCE_S / 2 < time.monotonic() - start < 1.5
     stream.delay_s = 0.0
     display.close()
+
+
+def test_nobody_forks_meanwhile(display: Display, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child would find the stream's lock taken."""
+    in_write, let_go, seen = threading.Event(), threading.Event(), list[bool]()
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            in_write.set()
+            let_go.wait(0.2)
+            return super().write(text)
+
+        def flush(self) -> None:
+            seen.append(let_go.is_set())
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    display.add(1, STDOUT, 0, "x\n", None, "f")
+    assert in_write.wait(DEADLINE_S)
+    pid = os.fork()
+    if not pid:
+        os._exit(len(seen) != 1 or display_module._WRITING.locked())
+    let_go.set()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert seen == [False]
+    display.close()
+    assert not display_module._WRITING.locked()
 
 
 def test_many_short_rows_are_bounded(display: Display, monkeypatch: pytest.MonkeyPatch) -> None:
