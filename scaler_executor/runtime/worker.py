@@ -149,16 +149,9 @@ class Worker:
         self._loaded: dict[int, Any] = {0: None}
         #: Ids of those whose payloads are runs.
         self._map_ids: set[int] = set()
-        method = config.identity.start_method
+        start_method = config.identity.start_method
         self._site = NestingSite(
-            call_socket,
-            page,
-            bell,
-            self._main,
-            self._store,
-            self._functions,
-            config.token,
-            method,
+            call_socket, page, bell, self._main, self._store, self._functions, config.token, start_method
         )
         set_site(self._site)
         #: Of the message being served: when it began, the items run so far, whether its BATCH_END is written.
